@@ -83,9 +83,9 @@ class ActionSample:
 class Branch:
     """An imagined branch of n chunks from each of M start states; leading axes [n, M].
 
-    reward and done are float32: the success probability decoded at the chunk's end (thresholded
-    by config) and whether the branch ended there. `bootstrap_value` [M] is the value of the last
-    imagined observation. `valid` is 0 for chunks after the branch ended.
+    `observation` is where each chunk began. `reward`, `done` and `valid` are float32: the reward
+    decoded at the chunk's end, whether the branch ended there, and 0 for chunks after that end.
+    `last_observation` and its value `bootstrap_value` (leading axis [M]) follow the last chunk.
     """
 
     observation: Observation
@@ -96,6 +96,7 @@ class Branch:
     reward: Array
     done: Array
     valid: Array
+    last_observation: Observation
     bootstrap_value: Array
 
 

@@ -1,0 +1,95 @@
+"""Generalised advantage estimation over action chunks."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mbpo_jax.rl.ppo import PPOBatch
+from mbpo_jax.types import Branch
+
+
+def chunk_discount(discount: float, chunk: int, convention: str) -> tuple[float, float]:
+    """Discount per chunk and the weight of a reward earned at the chunk's last step.
+
+    The paper (arXiv 2603.20607, eq. 4) discounts every environment step: a chunk of k steps
+    discounts the future by γ^k, and a reward at its last step counts γ^(k-1). The reference
+    implementation discounts once per chunk: γ and 1.
+
+    Args:
+        discount: γ in [0, 1).
+        chunk: k, environment steps per chunk.
+        convention: "paper" or "reference".
+
+    Returns:
+        (discount of the next chunk's value, weight of this chunk's terminal reward).
+    """
+    if convention == "paper":
+        return discount**chunk, discount ** (chunk - 1)
+    if convention == "reference":
+        return discount, 1.0
+    raise ValueError(f"rl.discount_per is {convention!r}; choose 'paper' or 'reference'")
+
+
+def generalized_advantages(
+    reward: Float[Array, "n *m"],
+    value: Float[Array, "n *m"],
+    done: Float[Array, "n *m"],
+    bootstrap_value: Float[Array, "*m"],
+    discount: float,
+    gae_lambda: float,
+) -> tuple[Float[Array, "n *m"], Float[Array, "n *m"]]:
+    """Advantages and value targets (arXiv 1506.02438, eq. 16, on the chunk MDP).
+
+    δ_i = r_i + γ (1 - done_i) V_{i+1} - V_i,  A_i = δ_i + γ λ (1 - done_i) A_{i+1}, where
+    V_n is `bootstrap_value` and γ, λ act per chunk. `done_i` cuts the bootstrap after chunk i.
+
+    Returns:
+        (advantages, returns), both [n, *m]; returns are advantages + value.
+    """
+    next_value = jnp.concatenate([value[1:], bootstrap_value[None]])
+    continues = 1.0 - done
+    delta = reward + discount * continues * next_value - value
+
+    def backward(advantage, step):
+        delta_i, continues_i = step
+        advantage = delta_i + discount * gae_lambda * continues_i * advantage
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(
+        backward, jnp.zeros_like(bootstrap_value), (delta, continues), reverse=True
+    )
+    return advantages, advantages + value
+
+
+def normalize_advantages(
+    advantage: Float[Array, "*n"], valid: Float[Array, "*n"]
+) -> Float[Array, "*n"]:
+    """Zero mean and unit (unbiased) standard deviation over the entries where valid is 1."""
+    count = jnp.maximum(valid.sum(), 1.0)
+    mean = (advantage * valid).sum() / count
+    variance = (jnp.square(advantage - mean) * valid).sum() / jnp.maximum(count - 1.0, 1.0)
+    return (advantage - mean) / (jnp.sqrt(variance) + 1e-5)
+
+
+def learning_batch(branch: Branch, discount: float, gae_lambda: float, normalize: bool) -> PPOBatch:
+    """Flattens a branch [n, M] into chunks [n * M] with advantages and value targets.
+
+    Args:
+        discount, gae_lambda: per chunk.
+        normalize: whether advantages are normalised over the valid chunks.
+    """
+    advantage, target = generalized_advantages(
+        branch.reward, branch.value, branch.done, branch.bootstrap_value, discount, gae_lambda
+    )
+    if normalize:
+        advantage = normalize_advantages(advantage, branch.valid)
+    batch = PPOBatch(
+        observation=branch.observation,
+        chain=branch.chain,
+        log_prob=branch.log_prob,
+        value=branch.value,
+        advantage=advantage,
+        target=target,
+        valid=branch.valid,
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)

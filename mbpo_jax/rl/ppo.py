@@ -1,0 +1,191 @@
+"""Clipped policy optimisation: the two losses and one gradient step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float
+
+from mbpo_jax.types import Observation, Params, Policy
+
+
+@struct.dataclass
+class PPOBatch:
+    """Chunks to learn from; leading axis [N]. `valid` is 0 for chunks after a branch ended."""
+
+    observation: Observation
+    chain: Any
+    log_prob: Array
+    value: Array
+    advantage: Array
+    target: Array
+    valid: Array
+
+
+@struct.dataclass
+class PPOState:
+    """Policy parameters {"actor", "critic"} with an optimiser state each; `step` counts updates."""
+
+    params: Params
+    actor_opt: Any
+    critic_opt: Any
+    step: Array
+
+
+def masked_mean(x: Float[Array, "*n"], valid: Float[Array, "*n"]) -> Float[Array, ""]:
+    """Mean of x over the entries where valid is 1 (0 if there are none)."""
+    return (x * valid).sum() / jnp.maximum(valid.sum(), 1.0)
+
+
+def actor_loss(
+    log_prob: Float[Array, "*n"],
+    old_log_prob: Float[Array, "*n"],
+    advantage: Float[Array, "*n"],
+    valid: Float[Array, "*n"],
+    clip_ratio: float,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Clipped surrogate (arXiv 1707.06347, eq. 7), negated to be minimised.
+
+    Returns:
+        (loss, metrics): `approx_kl` is the mean of (ρ - 1) - log ρ, which is never negative;
+        `clip_fraction` the share of ratios outside [1 - clip, 1 + clip].
+    """
+    log_ratio = jnp.where(valid > 0, log_prob - old_log_prob, 0.0)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
+    loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+    outside = (jnp.abs(ratio - 1.0) > clip_ratio).astype(ratio.dtype)
+    metrics = {
+        "approx_kl": masked_mean(ratio - 1.0 - log_ratio, valid),
+        "clip_fraction": masked_mean(outside, valid),
+        "ratio": masked_mean(ratio, valid),
+    }
+    return masked_mean(loss, valid), metrics
+
+
+def critic_loss(
+    value: Float[Array, "*n"],
+    old_value: Float[Array, "*n"],
+    target: Float[Array, "*n"],
+    valid: Float[Array, "*n"],
+    value_clip: float,
+    huber_delta: float,
+) -> Float[Array, ""]:
+    """Clipped Huber value loss: the larger of the losses of V and of V_old + clip(V - V_old)."""
+    clipped = old_value + jnp.clip(value - old_value, -value_clip, value_clip)
+    loss = jnp.maximum(
+        optax.huber_loss(value, target, huber_delta), optax.huber_loss(clipped, target, huber_delta)
+    )
+    return masked_mean(loss, valid)
+
+
+def explained_variance(
+    value: Float[Array, "*n"], target: Float[Array, "*n"], valid: Float[Array, "*n"]
+) -> Float[Array, ""]:
+    """1 - Var(target - value) / Var(target) over the valid entries."""
+
+    def variance(x):
+        return masked_mean(jnp.square(x - masked_mean(x, valid)), valid)
+
+    return 1.0 - variance(target - value) / jnp.maximum(variance(target), 1e-8)
+
+
+class PPO:
+    """One policy's optimisers and its jittable update.
+
+    Args:
+        policy: what to optimise.
+        actor_lr, critic_lr: AdamW learning rates; gradients are clipped to `grad_clip` (global
+            norm, each network on its own).
+        clip_ratio: ε of the surrogate, both signs. value_clip, huber_delta: of the critic's loss.
+        critic_warmup: updates that leave the actor as it is.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        actor_lr: float,
+        critic_lr: float,
+        weight_decay: float,
+        grad_clip: float,
+        clip_ratio: float,
+        value_clip: float,
+        huber_delta: float,
+        critic_warmup: int,
+    ):
+        self.policy = policy
+        self.clip_ratio, self.value_clip, self.huber_delta = clip_ratio, value_clip, huber_delta
+        self.critic_warmup = critic_warmup
+
+        def adamw(learning_rate):
+            return optax.chain(
+                optax.clip_by_global_norm(grad_clip),
+                optax.adamw(learning_rate, weight_decay=weight_decay),
+            )
+
+        self.actor_tx, self.critic_tx = adamw(actor_lr), adamw(critic_lr)
+
+    def init(self, params: Params) -> PPOState:
+        """A fresh optimiser around the given {"actor", "critic"} parameters."""
+        return PPOState(
+            params=params,
+            actor_opt=self.actor_tx.init(params["actor"]),
+            critic_opt=self.critic_tx.init(params["critic"]),
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    def loss(self, params: Params, batch: PPOBatch) -> tuple[Array, dict[str, Array]]:
+        """Actor loss + critic loss and their metrics. The critic reads stop-gradient features, so
+        that the sum's gradient is each network's own."""
+        prefix = self.policy.encode(params, batch.observation)
+        log_prob = self.policy.log_prob(params, prefix, batch.chain)
+        value = self.policy.value(params, prefix)
+        surrogate, metrics = actor_loss(
+            log_prob, batch.log_prob, batch.advantage, batch.valid, self.clip_ratio
+        )
+        value_loss = critic_loss(
+            value, batch.value, batch.target, batch.valid, self.value_clip, self.huber_delta
+        )
+        metrics |= {
+            "actor_loss": surrogate,
+            "critic_loss": value_loss,
+            "value_error": jnp.sqrt(masked_mean(jnp.square(value - batch.target), batch.valid)),
+            "explained_variance": explained_variance(value, batch.target, batch.valid),
+            "value": masked_mean(value, batch.valid),
+        }
+        return surrogate + value_loss, metrics
+
+    def update(self, state: PPOState, batch: PPOBatch) -> tuple[PPOState, dict[str, Array]]:
+        """One gradient step on one minibatch. During warm-up the actor stays bit for bit."""
+        (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch)
+        warm = state.step >= self.critic_warmup
+        actor_updates, actor_opt = self.actor_tx.update(
+            grads["actor"], state.actor_opt, state.params["actor"]
+        )
+        critic_updates, critic_opt = self.critic_tx.update(
+            grads["critic"], state.critic_opt, state.params["critic"]
+        )
+
+        def if_warm(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(warm, a, b), new, old)
+
+        actor = optax.apply_updates(state.params["actor"], actor_updates)
+        metrics |= {
+            "actor_grad_norm": optax.global_norm(grads["actor"]),
+            "critic_grad_norm": optax.global_norm(grads["critic"]),
+        }
+        return (
+            PPOState(
+                params={
+                    "actor": if_warm(actor, state.params["actor"]),
+                    "critic": optax.apply_updates(state.params["critic"], critic_updates),
+                },
+                actor_opt=if_warm(actor_opt, state.actor_opt),
+                critic_opt=critic_opt,
+                step=state.step + 1,
+            ),
+            metrics,
+        )
