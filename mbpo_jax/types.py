@@ -6,13 +6,14 @@ Everything in an `Observation` or an action chunk is in raw units (uint8 pixels,
 [-1, 1]); every model owns its own normalisation.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import struct
+
+from mbpo_jax.episode import Episode as Episode
 
 Array = jax.Array | np.ndarray
 Params = Any  # a nested dict of arrays
@@ -126,32 +127,3 @@ class WorldModel(Protocol):
 
     def reward(self, params: Params, observation: Observation) -> Array:
         """Probability [*B] that the task is done in `observation`."""
-
-
-@dataclasses.dataclass
-class Episode:
-    """One recorded episode, NumPy, frames only where they were rendered (F of them).
-
-    A frame's `actions` are the k environment actions *sent* from its time step on (the last ones
-    planned but not executed if the episode ended first: `num_actions` says how many were);
-    `target_actions` are the labels for supervised training (equal to `actions` unless the expert's
-    actions were jittered). Frame times need not be evenly spaced: the last 5 frames of a success
-    are always present. The final frame of an episode is at `timesteps[-1] == length`, with
-    `num_actions == 0`.
-    """
-
-    suite: str
-    task_id: int
-    instruction: str
-    source: str  # "expert" or the name of the policy that acted
-    seed: int  # of the random reset; -1 when a shipped init state was used
-    init_state_id: int  # of the shipped init state; -1 after a random reset
-    success: bool
-    length: int  # environment steps T
-    goal_fraction: float  # share of goal predicates reached at any time
-    timesteps: np.ndarray  # int32 [F], increasing
-    images: dict[str, np.ndarray]  # camera -> uint8 [F, H, W, 3]
-    proprio: np.ndarray  # float32 [F, P]
-    actions: np.ndarray  # float32 [F, k, A]
-    target_actions: np.ndarray  # float32 [F, k, A]
-    num_actions: np.ndarray  # int32 [F]
