@@ -1,0 +1,211 @@
+"""VLA-MBPO on LIBERO-Long (the suite `libero_10`).
+
+Variants, chosen as `--config=configs/libero_long.py:NAME`:
+
+    micro   2 CPU cores, 24 GiB; everything from scratch; task 5.
+    small   one GPU; from scratch; all ten tasks.
+    paper   8 x H100; public π0.5 and BAGEL checkpoints by path (`--config.pretrained.policy=DIR
+            --config.pretrained.world_model=DIR` and the two tokenisers).
+
+The default command is `python -m experiments.libero_long`, which runs `micro`. Names and defaults
+of the `rl` section are the paper's (arXiv 2603.20607); what a variant changes is below it.
+"""
+
+import dataclasses
+from difflib import get_close_matches
+
+import ml_collections
+
+from mbpo_jax.policy import config as policy_config
+from mbpo_jax.world_model import config as world_config
+
+VARIANTS = ("micro", "small", "paper")
+
+
+def get_config(variant: str = "micro", suite: str = "libero_10") -> ml_collections.ConfigDict:
+    """The locked config of a variant.
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+    if variant not in VARIANTS:
+        near = get_close_matches(variant, VARIANTS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"there is no variant {variant!r}; did you mean {near[0]!r}? Variants: "
+            + ", ".join(VARIANTS)
+        )
+    config = _paper(suite)
+    if variant == "micro":
+        _make_micro(config)
+    elif variant == "small":
+        _make_small(config)
+    return config.lock()
+
+
+def _paper(suite: str) -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.suite = suite
+    c.tasks = tuple(range(10))
+    c.cameras = ("agentview", "robot0_eye_in_hand")  # decoding order: head first
+    c.image_size = 224
+    c.chunk = 10  # k, environment steps per action chunk
+    c.action_dim = 7
+    c.max_steps = 520 if suite == "libero_10" else 300  # environment steps per episode
+    c.seed = 0
+    c.workers = 16  # simulator processes, 2.5 GB each
+
+    c.parallel = ml_collections.ConfigDict()
+    c.parallel.fsdp = 8  # devices over which large parameters are split
+
+    c.pretrained = ml_collections.ConfigDict()  # empty: trained from scratch
+    c.pretrained.policy = ""  # openpi's checkpoint directory
+    c.pretrained.policy_tokenizer = ""  # PaliGemma's SentencePiece file
+    c.pretrained.world_model = ""  # BAGEL's checkpoint directory
+    c.pretrained.world_tokenizer = ""  # the directory of Qwen2's tokeniser files
+
+    c.demonstrations = ml_collections.ConfigDict()
+    c.demonstrations.episodes_per_task = 50
+    c.demonstrations.action_noise = (0.0, 0.1, 0.2)  # a level is drawn per episode
+    c.demonstrations.render_every = 5  # steps between stored frames; divides chunk
+
+    policy = dataclasses.asdict(policy_config.variants()["pi05"])
+    flow = policy.pop("flow")
+    c.policy = ml_collections.ConfigDict(policy)
+
+    c.sft = ml_collections.ConfigDict()
+    c.sft.steps = 30_000
+    c.sft.batch_size = 256
+    c.sft.learning_rate = 2.5e-5
+    c.sft.warmup_steps = 1000
+    c.sft.weight_decay = 1e-4
+    c.sft.grad_clip = 1.0
+    c.sft.ema_decay = 0.99
+    c.sft.log_every = 100
+    c.sft.checkpoint_every = 1000
+
+    c.rollouts = ml_collections.ConfigDict()
+    c.rollouts.episodes_per_task = 50
+
+    c.world_model = ml_collections.ConfigDict()
+    c.world_model.model = ml_collections.ConfigDict(
+        dataclasses.asdict(world_config.variant("bagel"))
+    )
+    c.world_model.holdout_fraction = 0.1  # of episodes, for fidelity
+    c.world_model.horizon = 4  # chunks of the open-loop error curve
+    c.world_model.dynamics_batch_size = 64
+    c.world_model.reward_batch_size = 64
+    c.world_model.dynamics_weight = 1.0
+    c.world_model.reward_weight = 0.01
+    c.world_model.reward_yes_fraction = 0.5  # "Yes" frames are oversampled to this share
+    c.world_model.vae_training = _training(steps=0, learning_rate=1e-4)
+    c.world_model.vae_training.batch_size = 64
+    c.world_model.training = _training(steps=5000, learning_rate=2e-5)
+
+    c.rl = ml_collections.ConfigDict()
+    c.rl.branch_chunks = 2  # n
+    c.rl.start_states_from = "dataset"  # or "episode_start", for full-horizon imagination
+    c.rl.start_states = 1280 if suite == "libero_10" else 512  # M per refill
+    c.rl.imagination_batch = 64  # start states imagined at a time
+    c.rl.flow = ml_collections.ConfigDict(flow)
+    c.rl.discount = 0.99  # γ
+    c.rl.discount_per = "paper"  # γ per step (γ^k per chunk), or "reference": γ per chunk
+    c.rl.gae_lambda = 0.95
+    c.rl.normalize_advantages = True
+    c.rl.reward_threshold = 0.5  # probability of "Yes" from which the task counts as done
+    c.rl.updates = 301
+    c.rl.updates_per_refill = 50 if suite == "libero_10" else 20
+    c.rl.value_recompute_every = 10
+    c.rl.critic_warmup = 50 if suite == "libero_10" else 10
+    c.rl.minibatch_size = 512
+    c.rl.actor_lr = 5e-6
+    c.rl.critic_lr = 1e-4
+    c.rl.weight_decay = 1e-4
+    c.rl.grad_clip = 1.0
+    c.rl.clip_ratio = 0.1
+    c.rl.value_clip = 0.5
+    c.rl.huber_delta = 10.0
+
+    c.evaluation = ml_collections.ConfigDict()
+    c.evaluation.episodes_per_task = 50  # of the 50 shipped init states
+    c.evaluation.video_size = 256
+    return c
+
+
+def _training(*, steps: int, learning_rate: float) -> ml_collections.ConfigDict:
+    t = ml_collections.ConfigDict()
+    t.steps = steps
+    t.learning_rate = learning_rate
+    t.warmup_steps = 100
+    t.weight_decay = 1e-4
+    t.grad_clip = 1.0
+    t.ema_decay = 0.99
+    t.log_every = 20
+    t.checkpoint_every = 500
+    return t
+
+
+def _set_model(c: ml_collections.ConfigDict, variant: str) -> None:
+    policy = dataclasses.asdict(policy_config.variants()[variant])
+    c.rl.flow = ml_collections.ConfigDict(policy.pop("flow"))
+    c.policy = ml_collections.ConfigDict(policy)
+    c.world_model.model = ml_collections.ConfigDict(
+        dataclasses.asdict(world_config.variant(variant))
+    )
+
+
+def _make_micro(c: ml_collections.ConfigDict) -> None:
+    _set_model(c, "micro")
+    c.tasks = (5,)
+    c.image_size = 64
+    c.workers = 2
+    c.parallel.fsdp = 1
+    c.demonstrations.episodes_per_task = 40
+
+    c.sft.steps = 700
+    c.sft.batch_size = 32
+    c.sft.learning_rate = 1e-3
+    c.sft.warmup_steps = 50
+    c.sft.log_every = 20
+    c.sft.checkpoint_every = 200
+
+    w = c.world_model
+    w.dynamics_batch_size = 32
+    w.reward_batch_size = 32
+    w.reward_weight = 0.1
+    w.vae_training.steps = 400
+    w.vae_training.learning_rate = 2e-3
+    w.vae_training.batch_size = 32
+    w.training.steps = 600
+    w.training.learning_rate = 1e-3
+    w.training.warmup_steps = 50
+    w.training.checkpoint_every = 200
+
+    c.rl.start_states = 128
+    c.rl.imagination_batch = 64
+    c.rl.updates = 101
+    c.rl.updates_per_refill = 10
+    c.rl.critic_warmup = 20
+    c.rl.minibatch_size = 128
+    c.rl.actor_lr = 5e-5
+    c.rl.critic_lr = 1e-3
+
+
+def _make_small(c: ml_collections.ConfigDict) -> None:
+    _set_model(c, "small")
+    c.image_size = 128
+    c.workers = 8
+    c.parallel.fsdp = 1
+
+    c.sft.steps = 20_000
+    c.sft.batch_size = 128
+    c.sft.learning_rate = 3e-4
+
+    w = c.world_model
+    w.vae_training.steps = 5000
+    w.vae_training.learning_rate = 5e-4
+    w.training.steps = 10_000
+    w.training.learning_rate = 3e-4
+
+    c.rl.start_states = 512
+    c.rl.actor_lr = 2e-5
+    c.rl.critic_lr = 3e-4

@@ -1,0 +1,13 @@
+"""VLA-MBPO on LIBERO-Spatial; the variants are those of `configs/libero_long.py`."""
+
+import ml_collections
+
+from configs import libero_long
+
+
+def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
+    """The locked config of a variant; `micro` runs task 0."""
+    config = libero_long.get_config(variant, suite="libero_spatial")
+    if variant == "micro":
+        config.tasks = (0,)
+    return config

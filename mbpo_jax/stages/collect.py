@@ -1,0 +1,208 @@
+"""Stages `demonstrations` and `rollouts`: episodes from the simulator into a dataset."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mbpo_jax.data.episodes import write_episodes
+from mbpo_jax.data.pipelines import collate
+from mbpo_jax.data.spool import EpisodeSpool
+from mbpo_jax.envs.pool import EnvPool
+from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
+from mbpo_jax.episode import Episode
+from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.stages.build import Config, load_policy, observation_builder
+from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.types import Params
+
+MAX_ATTEMPTS_PER_DEMONSTRATION = 4
+ROLLOUT_SEED_OFFSET = 50_000  # demonstrations and rollouts never share a random reset
+
+
+def collect_demonstrations(workspace: Workspace, directory: Path) -> dict:
+    """Scripted successes from random resets, `demonstrations.episodes_per_task` of each task.
+
+    Raises:
+        StageError: when the expert fails too often to reach that number.
+    """
+    config = workspace.config
+    section = config.demonstrations
+    spool = EpisodeSpool(directory / "spool")
+    with make_pool(config) as pool:
+        for task in config.tasks:
+            _demonstrate_task(config, pool, spool, task)
+        restarts = pool.restarts
+    episodes, attempts, per_task = [], 0, {}
+    for task in config.tasks:
+        tried, kept = _first_successes(spool, task, section.episodes_per_task)
+        episodes += kept
+        attempts += tried
+        per_task[str(task)] = {
+            "instruction": kept[0].instruction,
+            "successes": len(kept),
+            "attempts": tried,
+        }
+    _write_dataset(directory, episodes)
+    return {
+        "episodes": len(episodes),
+        "attempts": attempts,
+        "expert_success_rate": len(episodes) / attempts,
+        "mean_length": float(np.mean([e.length for e in episodes])),
+        "frames": int(sum(len(e.timesteps) for e in episodes)),
+        "worker_restarts": restarts,
+        "tasks": per_task,
+    }
+
+
+def _demonstrate_task(config: Config, pool: EnvPool, spool: EpisodeSpool, task: int) -> None:
+    wanted = config.demonstrations.episodes_per_task
+    with tqdm(total=wanted, desc=f"demonstrations, task {task}", unit="ep") as bar:
+        while True:
+            tried, kept = _first_successes(spool, task, wanted)
+            bar.update(len(kept) - bar.n)
+            if len(kept) == wanted:
+                return
+            if tried >= MAX_ATTEMPTS_PER_DEMONSTRATION * wanted:
+                raise StageError(
+                    f"the scripted expert succeeded in only {len(kept)} of {tried} episodes of "
+                    f"task {task} of {config.suite}; choose other tasks (--config.tasks) or import "
+                    "demonstrations"
+                )
+            requests = [
+                EpisodeRequest(
+                    task_id=task,
+                    seed=_reset_seed(config, tried + i),
+                    max_steps=config.max_steps,
+                    action_noise=tuple(config.demonstrations.action_noise),
+                    render_every=config.demonstrations.render_every,
+                )
+                for i in range(wanted - len(kept))
+            ]
+            missing = [r for r in requests if _name(r) not in set(spool.names())]
+            for result in pool.expert_episodes(missing):
+                spool.add(_name(result.request), result.episode)
+                bar.update(int(result.episode.success))
+
+
+def _first_successes(spool: EpisodeSpool, task: int, wanted: int) -> tuple[int, list[Episode]]:
+    """Episodes tried until `wanted` successes were reached, and those, in the order of seeds."""
+    kept: list[Episode] = []
+    tried = 0
+    for name in spool.names():
+        if not name.startswith(f"task{task:03d}_"):
+            continue
+        tried += 1
+        episode = spool.load(name)
+        if episode.success:
+            kept.append(episode)
+        if len(kept) == wanted:
+            break
+    return tried, kept
+
+
+def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
+    """Episodes of the fine-tuned policy from random resets, successes and failures."""
+    config = workspace.config
+    workspace.require("sft")
+    sft = workspace.directory("sft")
+    policy, params = load_policy(config, sft, sft / "policy")
+    spool = EpisodeSpool(directory / "spool")
+    requests = [
+        EpisodeRequest(
+            task_id=task,
+            seed=_reset_seed(config, ROLLOUT_SEED_OFFSET + i),
+            max_steps=config.max_steps,
+        )
+        for task in config.tasks
+        for i in range(config.rollouts.episodes_per_task)
+    ]
+    with make_pool(config) as pool:
+        act = batched_act(config, pool, policy, params)
+        missing = [r for r in requests if _name(r) not in set(spool.names())]
+        results = pool.policy_episodes(missing, act, source="sft")
+        for result in progress(results, "rollouts", len(missing)):
+            spool.add(_name(result.request), result.episode)
+        restarts = pool.restarts
+    episodes = [spool.load(_name(r)) for r in requests]
+    _write_dataset(directory, episodes)
+    return {
+        "episodes": len(episodes),
+        "successes": sum(e.success for e in episodes),
+        "mean_length": float(np.mean([e.length for e in episodes])),
+        "frames": int(sum(len(e.timesteps) for e in episodes)),
+        "worker_restarts": restarts,
+    }
+
+
+def make_pool(config: Config) -> EnvPool:
+    """The simulator workers of a config."""
+    return EnvPool(
+        config.suite,
+        num_workers=config.workers,
+        cameras=tuple(config.cameras),
+        image_size=config.image_size,
+        chunk=config.chunk,
+    )
+
+
+def batched_act(
+    config: Config, pool: EnvPool, policy: FlowPolicy, params: Params
+) -> Callable[[list[Query]], np.ndarray]:
+    """An acting function for the pool. A query's noise depends on its episode and chunk alone, so
+    that an episode comes out the same however queries are batched."""
+    builder = observation_builder(config)
+    base_key = jax.random.key(config.seed)
+
+    @jax.jit
+    def act(params, observations, identities):
+        def one(observation, identity):
+            key = jax.random.fold_in(jax.random.fold_in(base_key, identity[0]), identity[1])
+            batch = jax.tree.map(lambda x: x[None], observation)
+            return policy.act(params, batch, key)[0]
+
+        return jax.vmap(one)(observations, identities)
+
+    def act_on(queries: list[Query]) -> np.ndarray:
+        padded = queries + [queries[0]] * (config.workers - len(queries))
+        observations = collate(
+            [
+                builder(q.images, q.proprio, pool.task_info(q.request.task_id).instruction)
+                for q in padded
+            ]
+        )
+        identities = np.array([(_episode_number(q.request), q.chunk_index) for q in padded])
+        return np.asarray(act(params, observations, identities))[: len(queries)]
+
+    return act_on
+
+
+def progress(results: Iterable[EpisodeResult], name: str, total: int) -> Iterable[EpisodeResult]:
+    """The results as they come, under a progress bar with the running success rate."""
+    successes = 0
+    with tqdm(total=total, desc=name, unit="ep") as bar:
+        for result in results:
+            successes += result.episode.success
+            bar.update()
+            bar.set_postfix(success=f"{successes}/{bar.n}")
+            yield result
+
+
+def _reset_seed(config: Config, number: int) -> int:
+    return config.seed * 1_000_000 + number
+
+
+def _episode_number(request: EpisodeRequest) -> int:
+    """A number that differs between the episodes of a task, random resets and shipped ones."""
+    return request.seed if request.seed >= 0 else 2**30 + request.init_state_id
+
+
+def _name(request: EpisodeRequest) -> str:
+    return f"task{request.task_id:03d}_seed{request.seed:09d}"
+
+
+def _write_dataset(directory: Path, episodes: list[Episode]) -> None:
+    if not (directory / "dataset").exists():
+        write_episodes(directory / "dataset", episodes)

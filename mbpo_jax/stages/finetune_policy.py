@@ -1,0 +1,53 @@
+"""Stage `sft`: flow matching on the demonstrations."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mbpo_jax.data.episodes import read_episodes
+from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
+from mbpo_jax.data.pipelines import batches, demonstrations
+from mbpo_jax.stages.build import build_policy, observation_builder
+from mbpo_jax.stages.workspace import Workspace
+from mbpo_jax.training.checkpoints import save_params
+from mbpo_jax.training.loop import fit
+from mbpo_jax.training.sharding import make_mesh
+
+
+def finetune_policy(workspace: Workspace, directory: Path) -> dict:
+    """Trains the policy on the experts' labels; writes `policy/` (the average of the parameters)
+    and `norm_stats.json`."""
+    config = workspace.config
+    workspace.require("demonstrations")
+    episodes = read_episodes(workspace.directory("demonstrations") / "dataset")
+    source = demonstrations(episodes, observation_builder(config))
+    actions = np.concatenate([e.target_actions[e.num_actions > 0] for e in episodes])
+    proprio = np.concatenate([e.proprio for e in episodes])
+    stats = {"actions": compute_norm_stats(actions), "state": compute_norm_stats(proprio)}
+    write_norm_stats(directory / "norm_stats.json", stats)
+    policy = build_policy(config, stats)
+    params = policy.init(jax.random.key(config.seed))
+
+    def loss_fn(actor, frozen, batch, key):
+        return policy.loss(actor, batch.observation, batch.actions, key)
+
+    section = config.sft.to_dict()
+    batch_size = section.pop("batch_size")
+    actor = fit(
+        loss_fn,
+        params["actor"],
+        {},
+        lambda first: batches(source, batch_size, config.seed, start_step=first),
+        directory=directory,
+        mesh=make_mesh(config.parallel.fsdp),
+        seed=config.seed,
+        name="policy fine-tuning",
+        **section,
+    )
+    save_params(directory / "policy", {"actor": actor, "critic": params["critic"]})
+    return {
+        "frames": len(source),
+        "parameters": sum(x.size for x in jax.tree.leaves(actor)),
+        "steps": section["steps"],
+    }

@@ -1,0 +1,222 @@
+"""Stage `world_model`: autoencoder, dynamics and reward, then fidelity on held-out episodes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mbpo_jax.data.episodes import read_episodes
+from mbpo_jax.data.pipelines import (
+    Source,
+    batches,
+    by_label,
+    collate,
+    reward_examples,
+    split_episodes,
+    transition_sequences,
+    transitions,
+)
+from mbpo_jax.episode import Episode
+from mbpo_jax.stages.build import Config, build_world_model, observation_builder
+from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.checkpoints import save_params
+from mbpo_jax.training.loop import fit
+from mbpo_jax.training.sharding import make_mesh
+from mbpo_jax.types import Params
+from mbpo_jax.world_model import metrics
+from mbpo_jax.world_model.umm_world import UMMWorld
+
+STATISTICS_FRAMES = 512
+FIDELITY_TRANSITIONS = 512
+FILM_STRIPS = 3
+
+
+def world_model_episodes(workspace: Workspace) -> tuple[list[Episode], list[Episode]]:
+    """(training, held-out) episodes: demonstrations and rollouts, split by episode."""
+    config = workspace.config
+    workspace.require("demonstrations")
+    workspace.require("rollouts")
+    train, held_out = [], []
+    for stage in ("demonstrations", "rollouts"):
+        episodes = read_episodes(workspace.directory(stage) / "dataset")
+        kept, held = split_episodes(episodes, config.world_model.holdout_fraction, config.seed)
+        train += kept
+        held_out += held
+    return train, held_out
+
+
+def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
+    """Trains UMM-World; writes `world_model/`, `fidelity.npz` (film strips) and their numbers."""
+    config = workspace.config
+    train, held_out = world_model_episodes(workspace)
+    world = build_world_model(config)
+    params = world.init(jax.random.key(config.seed))
+    builder = observation_builder(config)
+    sources = transitions(train, builder, config.chunk)
+    if len(sources) < config.world_model.dynamics_batch_size:
+        raise StageError(
+            f"only {len(sources)} transitions of {config.chunk} steps in the training episodes; "
+            "collect more (--config.rollouts.episodes_per_task)"
+        )
+    if config.world_model.vae_training.steps:
+        params = _train_vae(config, world, params, train, directory / "vae")
+    some = collate([sources[i] for i in _spread(len(sources), STATISTICS_FRAMES)])
+    params = world.set_latent_statistics(params, some.observation.images, some.next_images)
+    params = _train_dynamics(config, world, params, sources, train, directory / "dynamics")
+    save_params(directory / "world_model", params)
+    report = measure_fidelity(config, world, params, held_out, directory)
+    return {
+        "training_episodes": len(train),
+        "held_out_episodes": len(held_out),
+        "transitions": len(sources),
+        "transitions_skipped": sources.skipped,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        **report,
+    }
+
+
+def _train_vae(
+    config: Config, world: UMMWorld, params: Params, episodes: list[Episode], directory: Path
+) -> Params:
+    frames = np.concatenate([e.images[c] for e in episodes for c in config.cameras])
+    section = config.world_model.vae_training.to_dict()
+    batch_size = section.pop("batch_size")
+
+    def image_batches(first: int) -> Iterator[np.ndarray]:
+        step = first
+        while True:
+            rng = np.random.default_rng((config.seed, step))
+            yield frames[rng.integers(len(frames), size=batch_size)]
+            step += 1
+
+    vae = fit(
+        lambda vae, frozen, images, key: world.vae_loss(vae, images, key),
+        params["vae"],
+        {},
+        image_batches,
+        directory=directory,
+        mesh=make_mesh(config.parallel.fsdp),
+        seed=config.seed + 1,
+        name="image autoencoder",
+        **section,
+    )
+    return {**params, "vae": vae}
+
+
+def _train_dynamics(
+    config: Config,
+    world: UMMWorld,
+    params: Params,
+    sources: Source,
+    episodes: list[Episode],
+    directory: Path,
+) -> Params:
+    section = config.world_model
+    no, yes = by_label(reward_examples(episodes, observation_builder(config)))
+    yes_share = section.reward_yes_fraction
+
+    def mixed_batches(first: int):
+        dynamics = batches(sources, section.dynamics_batch_size, config.seed, start_step=first)
+        reward = batches(
+            (no, yes),
+            section.reward_batch_size,
+            config.seed + 1,
+            start_step=first,
+            weights=(1.0 - yes_share, yes_share),
+        )
+        return zip(dynamics, reward)
+
+    def loss_fn(trained, frozen, batch, key):
+        transition, example = batch
+        everything = {**trained, **frozen}
+        dynamics, dynamics_metrics = world.dynamics_loss(everything, transition, key)
+        reward, reward_metrics = world.reward_loss(everything, example)
+        loss = section.dynamics_weight * dynamics + section.reward_weight * reward
+        return loss, {**dynamics_metrics, **reward_metrics}
+
+    frozen = {k: v for k, v in params.items() if k in world.frozen}
+    trained = fit(
+        loss_fn,
+        {k: v for k, v in params.items() if k not in world.frozen},
+        frozen,
+        mixed_batches,
+        directory=directory,
+        mesh=make_mesh(config.parallel.fsdp),
+        seed=config.seed + 2,
+        name="world model",
+        **section.training.to_dict(),
+    )
+    return {**jax.device_get(frozen), **jax.device_get(trained)}
+
+
+def measure_fidelity(
+    config: Config, world: UMMWorld, params: Params, episodes: list[Episode], directory: Path
+) -> dict:
+    """Held-out numbers: images per view beside copy-last-frame, reward, error against horizon.
+
+    Writes film strips to `fidelity.npz`: `real/CAMERA` and `imagined/CAMERA`, uint8
+    [strips, n + 1, H, W, 3], the first frame being the common start.
+    """
+    builder = observation_builder(config)
+    source = transitions(episodes, builder, config.chunk)
+    if not len(source):
+        raise StageError(
+            "no held-out transitions; raise --config.world_model.holdout_fraction or collect more"
+        )
+    chosen = collate([source[i] for i in _spread(len(source), FIDELITY_TRANSITIONS)])
+    key = jax.random.key(config.seed + 3)
+    report = {
+        "held_out_transitions": len(source),
+        "fidelity": metrics.fidelity(world, params, chosen, key),
+        "reward": _reward_quality(world, params, reward_examples(episodes, builder)),
+    }
+    sequences = transition_sequences(episodes, builder, config.chunk, config.world_model.horizon)
+    if not len(sequences):
+        return report
+    some = collate([sequences[i] for i in _spread(len(sequences), 64)])
+    observation = jax.tree.map(lambda x: x[:, 0], some.observation)
+    time_major = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), (some.actions, some.next_images))
+    report["horizon"] = metrics.horizon_curve(world, params, observation, *time_major, key)
+    _save_film_strips(world, params, some, key, directory / "fidelity.npz")
+    return report
+
+
+def _reward_quality(world: UMMWorld, params: Params, examples: Source) -> dict:
+    reward = jax.jit(world.reward)
+    probabilities, labels = [], []
+    for first in range(0, len(examples), 128):
+        rows = [examples[i] for i in range(first, min(first + 128, len(examples)))]
+        batch = collate(rows + [rows[-1]] * (128 - len(rows)))
+        probabilities.append(np.asarray(reward(params, batch.observation))[: len(rows)])
+        labels.append(batch.label[: len(rows)])
+    labels, probabilities = np.concatenate(labels), np.concatenate(probabilities)
+    return {
+        **metrics.classification(probabilities, labels),
+        "frames": len(labels),
+        "yes_frames": int(labels.sum()),
+    }
+
+
+def _save_film_strips(world: UMMWorld, params: Params, sequences, key, path: Path) -> None:
+    rows = [int(i) for i in _spread(len(sequences.actions), FILM_STRIPS)]
+    chosen = jax.tree.map(lambda x: x[rows], sequences)
+    observation = jax.tree.map(lambda x: x[:, 0], chosen.observation)
+    start = observation.images
+    step = jax.jit(world.step)
+    imagined = [start]
+    for i in range(chosen.actions.shape[1]):
+        observation = step(params, observation, chosen.actions[:, i], jax.random.fold_in(key, i))
+        imagined.append(observation.images)
+    arrays = {}
+    for camera in start:
+        arrays[f"imagined/{camera}"] = np.stack([np.asarray(x[camera]) for x in imagined], 1)
+        arrays[f"real/{camera}"] = np.concatenate(
+            [start[camera][:, None], chosen.next_images[camera]], 1
+        )
+    np.savez_compressed(path, **arrays)
+
+
+def _spread(total: int, wanted: int) -> np.ndarray:
+    """At most `wanted` indices spread evenly over range(total)."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))

@@ -1,0 +1,199 @@
+"""Stage `improve`: PPO on branches imagined by the world model."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mbpo_jax.data.normalization import read_norm_stats
+from mbpo_jax.data.pipelines import Source, batches, branch_starts
+from mbpo_jax.rl.gae import chunk_discount, learning_batch
+from mbpo_jax.rl.imagination import imagine, imagine_in_microbatches, recompute_values
+from mbpo_jax.rl.ppo import PPO, PPOState
+from mbpo_jax.stages.build import (
+    Config,
+    abstract_params,
+    build_policy,
+    build_world_model,
+    observation_builder,
+)
+from mbpo_jax.stages.finetune_world_model import world_model_episodes
+from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.checkpoints import Checkpoints, load_params, save_params
+from mbpo_jax.training.metrics import MetricWriter, read_metrics
+from mbpo_jax.training.sharding import make_mesh, parameter_sharding, shard_batch
+from mbpo_jax.types import Array, Branch, Params, Policy, WorldModel
+
+
+def improve_policy(workspace: Workspace, directory: Path) -> dict:
+    """Improves the fine-tuned policy without touching the simulator; writes `policy/`."""
+    config = workspace.config
+    workspace.require("sft")
+    workspace.require("world_model")
+    sft = workspace.directory("sft")
+    policy = build_policy(config, read_norm_stats(sft / "norm_stats.json"))
+    world = build_world_model(config)
+    params = load_params(sft / "policy", abstract_params(policy))
+    world_params = load_params(
+        workspace.directory("world_model") / "world_model", abstract_params(world)
+    )
+    episodes, _ = world_model_episodes(workspace)
+    starts = branch_starts(episodes, observation_builder(config))
+    if config.rl.start_states_from == "episode_start":
+        starts = starts.first_frames()
+    elif config.rl.start_states_from != "dataset":
+        raise StageError(
+            f"rl.start_states_from is {config.rl.start_states_from!r}; choose 'dataset' (branched "
+            "rollouts) or 'episode_start' (full-horizon imagination)"
+        )
+    improved = optimize_policy(
+        config, policy, world, params, world_params, starts, directory=directory
+    )
+    save_params(directory / "policy", improved)
+    history = read_metrics(directory / "metrics.jsonl")
+    imagined = [r["imagined_success"] for r in history if "imagined_success" in r]
+    return {
+        "start_states": len(starts),
+        "updates": config.rl.updates,
+        "imagined_success_first": imagined[0],
+        "imagined_success_last": imagined[-1],
+        "imagined_chunks": len(imagined) * config.rl.start_states * config.rl.branch_chunks,
+    }
+
+
+def optimize_policy(
+    config: Config,
+    policy: Policy,
+    world: WorldModel,
+    params: Params,
+    world_params: Params,
+    starts: Source,
+    *,
+    directory: Path,
+) -> Params:
+    """The loop of the method: refill a buffer of imagined branches, then clipped updates on it.
+
+    Resumable at refills: the buffer is a function of the parameters and the update's number.
+
+    Args:
+        starts: the observations that branches may start from.
+        directory: receives metrics and checkpoints.
+
+    Returns:
+        the improved {"actor", "critic"} parameters.
+    """
+    rl = config.rl
+    mesh = make_mesh(config.parallel.fsdp)
+    ppo = PPO(
+        policy,
+        actor_lr=rl.actor_lr,
+        critic_lr=rl.critic_lr,
+        weight_decay=rl.weight_decay,
+        grad_clip=rl.grad_clip,
+        clip_ratio=rl.clip_ratio,
+        value_clip=rl.value_clip,
+        huber_delta=rl.huber_delta,
+        critic_warmup=rl.critic_warmup,
+    )
+    state = ppo.init(params)
+    state = jax.device_put(state, parameter_sharding(state, mesh))
+    world_params = jax.device_put(world_params, parameter_sharding(world_params, mesh))
+    refill, revalue, update = _programs(config, policy, world, ppo)
+    checkpoints = Checkpoints(directory / "checkpoints")
+    if checkpoints.latest_step() is not None:
+        state = checkpoints.restore(state)
+    first = int(state.step)
+    key = jax.random.key(config.seed + 4)
+    with MetricWriter(directory, first_step=first) as writer:
+        bar = tqdm(range(first, rl.updates), desc="policy optimisation", initial=first)
+        bar.total = rl.updates
+        for i in bar:
+            scalars = {}
+            if i % rl.updates_per_refill == 0:
+                if i > first:
+                    checkpoints.save(i, state)
+                start = next(
+                    batches(
+                        starts,
+                        rl.start_states,
+                        config.seed + 5,
+                        start_step=i // rl.updates_per_refill,
+                    )
+                )
+                start = shard_batch(start, mesh)
+                branch = refill(state.params, world_params, start, jax.random.fold_in(key, i))
+                scalars |= _branch_metrics(branch)
+            elif i % rl.value_recompute_every == 0:
+                branch = revalue(state.params, branch)
+            state, metrics = update(state, branch, jax.random.fold_in(key, 2 * rl.updates + i))
+            scalars |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+            _require_finite(scalars, i)
+            writer.write(i, scalars)
+            bar.set_postfix(
+                kl=f"{scalars['approx_kl']:.4f}", value_error=f"{scalars['value_error']:.3f}"
+            )
+    checkpoints.close()
+    return state.params
+
+
+def _programs(config: Config, policy: Policy, world: WorldModel, ppo: PPO):
+    """The three jitted programs of the loop: refill, revalue, update."""
+    rl = config.rl
+    discount, reward_weight = chunk_discount(rl.discount, config.chunk, rl.discount_per)
+    chunks = rl.start_states * rl.branch_chunks
+    minibatch = min(rl.minibatch_size, chunks)
+
+    @jax.jit
+    def refill(params, world_params, start, key) -> Branch:
+        def branch_from(start, key):
+            return imagine(
+                policy,
+                world,
+                params,
+                world_params,
+                start,
+                key,
+                chunks=rl.branch_chunks,
+                reward_threshold=rl.reward_threshold,
+                reward_weight=reward_weight,
+            )
+
+        return imagine_in_microbatches(branch_from, start, key, rl.imagination_batch)
+
+    @jax.jit
+    def revalue(params, branch) -> Branch:
+        return recompute_values(policy, params, branch, rl.imagination_batch)
+
+    @jax.jit
+    def update(state: PPOState, branch: Branch, key) -> tuple[PPOState, dict[str, Array]]:
+        batch = learning_batch(branch, discount, rl.gae_lambda, rl.normalize_advantages)
+        rows = jax.random.permutation(key, chunks)[:minibatch]
+        return ppo.update(state, jax.tree.map(lambda x: x[rows], batch))
+
+    return refill, revalue, update
+
+
+@jax.jit
+def _branch_statistics(branch: Branch) -> dict[str, Array]:
+    succeeded = (branch.reward > 0).any(0)
+    return {
+        "imagined_success": succeeded.mean(),
+        "imagined_return": branch.reward.sum(0).mean(),
+        "imagined_value": (branch.value * branch.valid).sum() / branch.valid.sum(),
+        "imagined_action_size": jnp.abs(branch.actions).mean(),
+    }
+
+
+def _branch_metrics(branch: Branch) -> dict[str, float]:
+    return {k: float(v) for k, v in jax.device_get(_branch_statistics(branch)).items()}
+
+
+def _require_finite(scalars: dict[str, float], update: int) -> None:
+    broken = [k for k, v in scalars.items() if not np.isfinite(v)]
+    if broken:
+        raise FloatingPointError(
+            f"policy optimisation: {', '.join(broken)} not finite at update {update}; the last "
+            "checkpoint is intact. Lower rl.actor_lr or rl.critic_lr"
+        )

@@ -1,0 +1,36 @@
+"""Honest numbers about success: intervals and paired tests."""
+
+import math
+
+from scipy import stats
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a success rate (Wilson 1927; Brown, Cai and DasGupta 2001).
+
+    Raises:
+        ValueError: when there are no trials, or more successes than trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials is not a sample")
+    z = stats.norm.ppf(0.5 + confidence / 2)
+    rate = successes / trials
+    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials)
+    half *= math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return low, high
+
+
+def mcnemar_exact(first_only: int, second_only: int) -> float:
+    """Two-sided exact McNemar test: the p-value of the discordant pairs under a fair coin.
+
+    Args:
+        first_only: pairs in which only the first policy succeeded.
+        second_only: pairs in which only the second did.
+    """
+    discordant = first_only + second_only
+    if discordant == 0:
+        return 1.0
+    return float(stats.binomtest(second_only, discordant, 0.5).pvalue)

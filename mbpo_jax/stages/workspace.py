@@ -1,0 +1,115 @@
+"""The working directory: one folder per stage, what it was made with, and whether it finished."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+
+MIN_FREE_BYTES = 2 * 2**30
+
+
+class StageError(Exception):
+    """Something the user can mend; the message says what, where and how."""
+
+
+class Workspace:
+    """The artefacts of one run in `root`, under the given config.
+
+    A stage's folder holds `config.json` (the part of the config it depends on), its artefacts, and
+    when finished `done.json` (a summary with `minutes`). Nothing is ever deleted from it.
+    """
+
+    def __init__(self, root: Path, config: ml_collections.ConfigDict):
+        self.root = Path(root).absolute()
+        self.config = config
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StageError(f"cannot create the working directory {self.root}: {error}") from error
+
+    def directory(self, stage: str) -> Path:
+        return self.root / stage
+
+    def summary(self, stage: str) -> dict | None:
+        """What the finished stage reported, or None when it is not finished."""
+        path = self.directory(stage) / "done.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def require(self, stage: str) -> dict:
+        """The summary of a stage that must be finished.
+
+        Raises:
+            StageError: naming the stage to run first.
+        """
+        summary = self.summary(stage)
+        if summary is None:
+            raise StageError(
+                f"the stage {stage!r} has not finished in {self.root}; run it first "
+                f"(--stages={stage}), or run all stages by leaving --stages out"
+            )
+        return summary
+
+    def begin(self, stage: str, sections: Sequence[str]) -> Path:
+        """Creates or re-enters the folder of a stage that reads the given config sections.
+
+        Raises:
+            StageError: when the folder was made with other values, or the disk is full.
+        """
+        directory = self.directory(stage)
+        directory.mkdir(exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        if free < MIN_FREE_BYTES:
+            raise StageError(
+                f"only {free / 2**30:.1f} GiB are free at {directory}; a stage needs "
+                f"{MIN_FREE_BYTES / 2**30:.0f} GiB. Free some space or choose another --workdir"
+            )
+        self.check(stage, sections)
+        path = directory / "config.json"
+        if not path.exists():
+            _write_json(path, self._section_values(sections))
+        return directory
+
+    def check(self, stage: str, sections: Sequence[str]) -> None:
+        """Raises StageError when the stage's folder was made with other config values."""
+        path = self.directory(stage) / "config.json"
+        if not path.exists():
+            return
+        before, now = json.loads(path.read_text()), self._section_values(sections)
+        differences = [
+            f"  {key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key, "absent") != now.get(key, "absent")
+        ]
+        if differences:
+            raise StageError(
+                f"{self.directory(stage)} was made with another config:\n"
+                + "\n".join(differences)
+                + f"\nUse another --workdir, restore these values, or delete {stage} and the "
+                "stages after it there to run them again"
+            )
+
+    def finish(self, stage: str, summary: dict) -> None:
+        _write_json(self.directory(stage) / "done.json", summary)
+
+    def _section_values(self, sections: Sequence[str]) -> dict:
+        values = json.loads(self.config.to_json_best_effort())
+        flat: dict = {}
+        for section in sections:
+            _flatten(section, values[section], flat)
+        return flat
+
+
+def _flatten(prefix: str, value, into: dict) -> None:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            _flatten(f"{prefix}.{key}", child, into)
+    else:
+        into[prefix] = value
+
+
+def _write_json(path: Path, value: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)

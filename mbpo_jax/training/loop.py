@@ -1,0 +1,150 @@
+"""Supervised training: a state, one jitted step, and a loop that survives a kill."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mbpo_jax.training.checkpoints import Checkpoints
+from mbpo_jax.training.metrics import MetricWriter
+from mbpo_jax.training.sharding import parameter_sharding, shard_batch
+from mbpo_jax.types import Array, Params
+
+LossFn = Callable[[Params, Params, Any, Array], tuple[Array, dict[str, Array]]]
+
+
+@struct.dataclass
+class TrainState:
+    """Trained parameters, their exponential moving average, the optimiser's state, steps done."""
+
+    params: Params
+    ema: Params
+    opt_state: Any
+    step: Array
+
+
+def make_optimizer(
+    *, learning_rate: float, warmup_steps: int, steps: int, weight_decay: float, grad_clip: float
+) -> optax.GradientTransformation:
+    """AdamW with linear warm-up, cosine decay to 5 % of the peak, and global-norm clipping."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup_steps, max(steps, warmup_steps + 1), 0.05 * learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(grad_clip),
+        optax.adamw(schedule, b2=0.98, weight_decay=weight_decay),
+    )
+
+
+def train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, ema_decay: float
+) -> Callable[[TrainState, Params, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    """The pure step `(state, frozen, batch, key) -> (state, metrics)`.
+
+    The average starts as the parameters themselves and its decay grows as (1 + step) / (10 + step)
+    up to `ema_decay`, so that short runs are not dominated by the initialisation.
+    """
+
+    def step(state: TrainState, frozen, batch, key):
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, frozen, batch, key
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, params)
+        metrics = metrics | {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(params, ema, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Params,
+    frozen: Params,
+    batches: Callable[[int], Iterator[Any]],
+    *,
+    directory: Path,
+    mesh: Mesh,
+    seed: int,
+    name: str,
+    steps: int,
+    learning_rate: float,
+    warmup_steps: int,
+    weight_decay: float,
+    grad_clip: float,
+    ema_decay: float,
+    log_every: int,
+    checkpoint_every: int,
+) -> Params:
+    """Trains `params` for `steps` steps and returns their exponential moving average.
+
+    Step i uses the i-th batch and the key `fold_in(key(seed), i)`; therefore a run that is killed
+    and started again in the same `directory` continues from its last checkpoint and ends with
+    the same parameters.
+
+    Args:
+        loss_fn: `(params, frozen, batch, key) -> (scalar loss, metrics)`.
+        frozen: arrays the loss needs that are not trained, e.g. a pretrained autoencoder's.
+        batches: `batches(i)` yields the host batches of steps i, i + 1, ...
+        directory: receives `checkpoints/` and the metrics.
+        name: what the progress bar says.
+
+    Raises:
+        FloatingPointError: when the loss is not finite; earlier checkpoints are kept.
+    """
+    tx = make_optimizer(
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        steps=steps,
+        weight_decay=weight_decay,
+        grad_clip=grad_clip,
+    )
+    # The jitted step donates its state, so the average needs a buffer of its own.
+    state = TrainState(
+        params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.zeros((), jnp.int32)
+    )
+    state = jax.device_put(state, parameter_sharding(state, mesh))
+    frozen = jax.device_put(frozen, parameter_sharding(frozen, mesh))
+    step_fn = jax.jit(train_step(loss_fn, tx, ema_decay), donate_argnums=0)
+    checkpoints = Checkpoints(Path(directory) / "checkpoints")
+    if checkpoints.latest_step() is not None:
+        state = checkpoints.restore(state)
+    first = int(state.step)
+    base_key = jax.random.key(seed)
+    pending: list[dict[str, Array]] = []
+    with MetricWriter(directory, first_step=first + 1) as writer:
+        stream = batches(first)
+        for i in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps)):
+            batch = shard_batch(next(stream), mesh)
+            state, metrics = step_fn(state, frozen, batch, jax.random.fold_in(base_key, i))
+            pending.append(metrics)
+            done = i + 1
+            if done % log_every == 0 or done == steps:
+                means = _mean_metrics(pending)
+                pending = []
+                if not np.isfinite(means["loss"]):
+                    raise FloatingPointError(
+                        f"{name}: the loss is {means['loss']} at step {done}; the last checkpoint "
+                        f"in {directory} is intact. Lower the learning rate or look at the data."
+                    )
+                writer.write(done, means)
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
+            if done % checkpoint_every == 0 or done == steps:
+                checkpoints.save(done, state)
+                pending = []
+    checkpoints.close()
+    return state.ema
+
+
+def _mean_metrics(pending: list[dict[str, Array]]) -> dict[str, float]:
+    host = jax.device_get(pending)
+    return {k: float(np.mean([m[k] for m in host])) for k in host[0]}
