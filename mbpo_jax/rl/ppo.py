@@ -76,7 +76,8 @@ def critic_loss(
     """Clipped Huber value loss: the larger of the losses of V and of V_old + clip(V - V_old)."""
     clipped = old_value + jnp.clip(value - old_value, -value_clip, value_clip)
     loss = jnp.maximum(
-        optax.huber_loss(value, target, huber_delta), optax.huber_loss(clipped, target, huber_delta)
+        optax.huber_loss(value, target, delta=huber_delta),
+        optax.huber_loss(clipped, target, delta=huber_delta),
     )
     return masked_mean(loss, valid)
 
@@ -174,8 +175,8 @@ class PPO:
 
         actor = optax.apply_updates(state.params["actor"], actor_updates)
         metrics |= {
-            "actor_grad_norm": optax.global_norm(grads["actor"]),
-            "critic_grad_norm": optax.global_norm(grads["critic"]),
+            "actor_grad_norm": optax.tree.norm(grads["actor"]),
+            "critic_grad_norm": optax.tree.norm(grads["critic"]),
         }
         return (
             PPOState(

@@ -60,7 +60,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, params)
-        metrics = metrics | {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(params, ema, opt_state, state.step + 1), metrics
 
     return step

@@ -1,0 +1,110 @@
+"""The report's pictures, each a matplotlib figure of recorded numbers."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+POLICY_COLORS = {"sft": "#8da0cb", "improved": "#e07b39"}
+COLORS = ("#e07b39", "#3b6ea5", "#5a9367", "#9b5094", "#b8a13a", "#7a7a7a")
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def success_bars(policies: Mapping[str, dict], labels: Mapping[str, str]) -> Figure:
+    """Success rates with their 95 % Wilson intervals, overall and per task.
+
+    Args:
+        policies: policy name -> its evaluation summary.
+        labels: task number -> label.
+    """
+    groups = ["overall", *labels] if len(labels) > 1 else list(labels)
+    figure, axis = plt.subplots(figsize=(max(3.6, 1.1 * len(groups) + 2.2), 3.0))
+    width = 0.8 / len(policies)
+    for i, (name, summary) in enumerate(policies.items()):
+        parts = [summary if g == "overall" else summary["tasks"][g] for g in groups]
+        rates = np.array([p["success_rate"] for p in parts])
+        ends = np.array([p["interval"] for p in parts])
+        x = np.arange(len(groups)) + (i - (len(policies) - 1) / 2) * width
+        errors = np.abs(ends.T - rates)
+        axis.bar(x, rates, width * 0.92, color=POLICY_COLORS[name], label=name)
+        axis.errorbar(x, rates, errors, fmt="none", ecolor="#333333", capsize=3, lw=1)
+        for xi, part in zip(x, parts):
+            text = f"{part['successes']}/{part['episodes']}"
+            axis.text(xi, 0.015, text, ha="center", fontsize=7, color="#222222")
+    axis.set_xticks(range(len(groups)), ["overall", *labels.values()][-len(groups) :])
+    axis.set_ylim(0, 1.02)
+    axis.set_ylabel("success rate")
+    axis.legend(loc="upper left", ncols=2)
+    return figure
+
+
+def curves(panels: Sequence[tuple[str, Mapping[str, tuple[Sequence, Sequence]]]]) -> Figure:
+    """A row of line plots: (title, {line name: (steps, values)}) each."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.1 * len(panels), 2.6), squeeze=False, sharex=False
+    )
+    for axis, (title, lines) in zip(axes[0], panels):
+        for color, (name, (steps, values)) in zip(COLORS, lines.items()):
+            axis.plot(steps, values, color=color, lw=1.4, label=name)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step")
+        if len(lines) > 1:
+            axis.legend(fontsize=7)
+    return figure
+
+
+def horizon_curves(horizon: Mapping[str, dict]) -> Figure:
+    """PSNR of open-loop imagination against the horizon, beside copy-last-frame, per view."""
+    figure, axes = plt.subplots(1, len(horizon), figsize=(3.4 * len(horizon), 2.7), squeeze=False)
+    for axis, (camera, curve) in zip(axes[0], horizon.items()):
+        chunks = np.arange(1, len(curve["psnr"]) + 1)
+        axis.plot(chunks, curve["psnr"], "o-", color=COLORS[0], label="imagined")
+        axis.plot(chunks, curve["copy_psnr"], "s--", color=COLORS[5], label="copy of the start")
+        axis.set_xticks(chunks)
+        axis.set_title(camera, fontsize=9)
+        axis.set_xlabel("chunks imagined")
+        axis.set_ylabel("PSNR (dB)")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def film_strip(real: np.ndarray, imagined: np.ndarray, camera: str) -> Figure:
+    """Rows of real over imagined frames.
+
+    Args:
+        real, imagined: uint8 [strips, n + 1, H, W, 3]; column 0 is the common start.
+    """
+    strips, columns = real.shape[:2]
+    figure, axes = plt.subplots(
+        2 * strips, columns, figsize=(1.25 * columns + 0.5, 2.55 * strips), squeeze=False
+    )
+    for row in range(2 * strips):
+        frames = (real if row % 2 == 0 else imagined)[row // 2]
+        for column in range(columns):
+            axis = axes[row, column]
+            axis.imshow(frames[column], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if row == 0:
+                title = "start" if column == 0 else f"+{column} chunk{'s' if column > 1 else ''}"
+                axis.set_title(title, fontsize=8)
+        axes[row, 0].set_ylabel("real" if row % 2 == 0 else "imagined", fontsize=8)
+    figure.suptitle(camera, fontsize=9)
+    return figure

@@ -1,0 +1,311 @@
+"""Stage `report`: one HTML file, `results.json` and TensorBoard scalars from what the stages left."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from matplotlib import pyplot as plt
+
+from mbpo_jax.stages import figures
+from mbpo_jax.stages.workspace import Workspace
+from mbpo_jax.training.metrics import MetricWriter, read_metrics
+
+
+@dataclass
+class Image:
+    """A picture of the report: `data` is base64 of a `kind` ("png" or "gif") file."""
+
+    data: str
+    kind: str
+    caption: str
+
+
+@dataclass
+class Table:
+    header: Sequence[str]
+    rows: list[Sequence[str]]
+
+
+@dataclass
+class Section:
+    heading: str
+    text: str = ""
+    tables: list[Table] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+
+
+def write_report(workspace: Workspace, stages: Sequence[str]) -> str:
+    """Writes `report.html`, `results.json` and TensorBoard scalars of the finished stages.
+
+    Returns:
+        the closing text for the terminal: a table of the results and the report's path.
+    """
+    config = workspace.config
+    summaries = {s: workspace.summary(s) for s in stages}
+    summaries = {s: v for s, v in summaries.items() if v is not None}
+    if not summaries:
+        return "no stage has finished yet; there is nothing to report"
+    results = {"config": json.loads(config.to_json_best_effort()), "stages": summaries}
+    (workspace.root / "results.json").write_text(json.dumps(results, indent=1))
+    with MetricWriter(workspace.root / "report") as writer:
+        writer.write(0, dict(_numbers("", summaries)))
+    builders = {
+        "demonstrations": _data_section,
+        "sft": _sft_section,
+        "world_model": _world_model_section,
+        "improve": _improve_section,
+    }
+    sections = [_evaluation_section(workspace, summaries)] if "evaluate" in summaries else []
+    sections += [build(workspace, summaries) for s, build in builders.items() if s in summaries]
+    sections.append(_run_section(summaries))
+    page = jinja2.Template(
+        Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True
+    ).render(
+        title=f"VLA-MBPO on {config.suite}, task{'s' if len(config.tasks) > 1 else ''} "
+        + ", ".join(map(str, config.tasks)),
+        subtitle=f"seed {config.seed}; branches of {config.rl.branch_chunks} chunks of "
+        f"{config.chunk} steps; {config.rl.flow.method} log-probabilities",
+        verdict=_verdict(summaries),
+        sections=sections,
+        config=json.dumps(results["config"], indent=1),
+    )
+    path = workspace.root / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return f"\n{_terminal_table(summaries)}\n{_verdict(summaries)}\nreport: {path}"
+
+
+def _numbers(prefix: str, tree):
+    for key, value in tree.items():
+        name = f"{prefix}/{key}" if prefix else key
+        if isinstance(value, dict):
+            yield from _numbers(name, value)
+        elif isinstance(value, list) and all(isinstance(v, int | float) for v in value):
+            yield from ((f"{name}/{i}", v) for i, v in enumerate(value))
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+def _verdict(summaries: dict) -> str:
+    if "evaluate" not in summaries:
+        return "The policies have not been evaluated yet."
+    results, paired = summaries["evaluate"]["policies"], summaries["evaluate"]["paired"]
+    sft, improved = results["sft"], results["improved"]
+    difference = 100 * (improved["success_rate"] - sft["success_rate"])
+    significant = "" if paired["p_value"] < 0.05 else "not "
+    return (
+        f"Fine-tuned policy {_rate(sft)}, improved policy {_rate(improved)}: a difference of "
+        f"{difference:+.1f} points; on the same {paired['pairs']} init states the improved policy "
+        f"alone solved {paired['improved_only']}, the fine-tuned one alone {paired['sft_only']} "
+        f"(exact McNemar p = {paired['p_value']:.3g}, {significant}significant at 5 %)."
+    )
+
+
+def _rate(part: dict) -> str:
+    low, high = part["interval"]
+    return (
+        f"{100 * part['success_rate']:.1f} % ({part['successes']}/{part['episodes']}, 95 % Wilson "
+        f"interval {100 * low:.1f}–{100 * high:.1f})"
+    )
+
+
+def _terminal_table(summaries: dict) -> str:
+    lines = [f"{'stage':<16}{'minutes':>9}  result"]
+    for stage, summary in summaries.items():
+        lines.append(f"{stage:<16}{summary['minutes']:>9.1f}  {_one_line(stage, summary)}")
+    minutes = sum(s["minutes"] for s in summaries.values())
+    return "\n".join([*lines, f"{'total':<16}{minutes:>9.1f}"])
+
+
+def _one_line(stage: str, s: dict) -> str:
+    if stage == "demonstrations":
+        return f"{s['episodes']} successes of {s['attempts']} scripted episodes"
+    if stage == "sft":
+        return f"{s['steps']} steps on {s['frames']} frames"
+    if stage == "rollouts":
+        return f"{s['successes']}/{s['episodes']} successes"
+    if stage == "world_model":
+        views = ", ".join(
+            f"{c} {v['psnr']:.1f} dB (copy {v['copy_psnr']:.1f})" for c, v in s["fidelity"].items()
+        )
+        return f"{views}; reward F1 {s['reward']['f1']:.3f}"
+    if stage == "improve":
+        return (
+            f"imagined success {s['imagined_success_first']:.3f} → "
+            f"{s['imagined_success_last']:.3f} in {s['updates']} updates"
+        )
+    return "; ".join(f"{name} {_rate(p)}" for name, p in s["policies"].items())
+
+
+def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
+    summary = summaries["evaluate"]
+    policies, paired = summary["policies"], summary["paired"]
+    instructions = {
+        task: entry["instruction"] for task, entry in summaries["demonstrations"]["tasks"].items()
+    }
+    rows = []
+    for name, result in policies.items():
+        for task, part in result["tasks"].items():
+            solved = part["mean_length_of_successes"]
+            rows.append(
+                (
+                    f"{name}: {instructions[task]}",
+                    _rate(part),
+                    f"{100 * part['goal_fraction']:.0f} %",
+                    f"{solved:.0f}" if solved else "–",
+                    f"{part['seconds_per_episode']:.1f}",
+                )
+            )
+    table = Table(
+        ("policy: task", "success", "goal predicates", "steps when solved", "s per episode"), rows
+    )
+    pairs = Table(
+        ("pairs", "both", "only fine-tuned", "only improved", "neither", "p (exact McNemar)"),
+        [
+            [str(paired[k]) for k in ("pairs", "both", "sft_only", "improved_only", "neither")]
+            + [f"{paired['p_value']:.3g}"]
+        ],
+    )
+    labels = {t: f"task {t}" for t in instructions}
+    images = [_png(figures.success_bars(policies, labels), "success with 95 % Wilson intervals")]
+    for kind, video in summary["videos"].items():
+        data = (workspace.directory("evaluate") / video["file"]).read_bytes()
+        caption = f"improved policy, {kind}: task {video['task']}, init state {video['init_state']}"
+        images.append(Image(base64.b64encode(data).decode(), "gif", caption))
+    text = (
+        "Both policies started from the same shipped init states, which no earlier stage has seen: "
+        "demonstrations and rollouts start from random resets. "
+        f"{summary['worker_restarts']} simulator workers had to be restarted."
+    )
+    return Section("Success in the simulator", text, [table, pairs], images)
+
+
+def _data_section(workspace: Workspace, summaries: dict) -> Section:
+    demonstrations, rollouts = summaries["demonstrations"], summaries.get("rollouts")
+    text = (
+        f"The scripted expert succeeded in {demonstrations['episodes']} of "
+        f"{demonstrations['attempts']} episodes ({100 * demonstrations['expert_success_rate']:.0f} "
+        f"%), {demonstrations['mean_length']:.0f} steps on average; only successes are kept, "
+        f"{demonstrations['frames']} frames."
+    )
+    if rollouts:
+        text += (
+            f" The fine-tuned policy then ran {rollouts['episodes']} episodes from other random "
+            f"resets and solved {rollouts['successes']}."
+        )
+    return Section("Data", text)
+
+
+def _sft_section(workspace: Workspace, summaries: dict) -> Section:
+    records = read_metrics(workspace.directory("sft") / "metrics.jsonl")
+    figure = figures.curves([("flow-matching loss", {"loss": _line(records, "loss")})])
+    s = summaries["sft"]
+    text = (
+        f"{s['parameters'] / 1e6:.2f} M parameters, {s['steps']} steps; the loss went from "
+        f"{records[0]['loss']:.3f} to {records[-1]['loss']:.3f}."
+    )
+    return Section("Supervised fine-tuning", text, images=[_png(figure, "training loss")])
+
+
+def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
+    directory, s = workspace.directory("world_model"), summaries["world_model"]
+    dynamics = read_metrics(directory / "dynamics" / "metrics.jsonl")
+    panels = [
+        (
+            "dynamics loss per view",
+            {k.split("/", 1)[1]: _line(dynamics, k) for k in dynamics[0] if k.startswith("dyn")},
+        ),
+        ("reward cross-entropy", {"cross-entropy": _line(dynamics, "reward/ce")}),
+    ]
+    vae = read_metrics(directory / "vae" / "metrics.jsonl")
+    if vae:
+        panels.insert(0, ("autoencoder PSNR (dB)", {"psnr": _line(vae, "vae/psnr")}))
+    images = [_png(figures.curves(panels), "training of the world model")]
+    rows = [
+        (
+            camera,
+            f"{v['psnr']:.2f}",
+            f"{v['copy_psnr']:.2f}",
+            f"{v['ssim']:.3f}",
+            f"{v['copy_ssim']:.3f}",
+        )
+        for camera, v in s["fidelity"].items()
+    ]
+    views = Table(("view", "PSNR (dB)", "copy-last-frame", "SSIM", "copy-last-frame"), rows)
+    r = s["reward"]
+    reward = Table(
+        ("reward, held-out frames", "accuracy", "precision", "recall", "F1"),
+        [
+            (
+                f"{r['frames']} frames, {r['yes_frames']} done",
+                *(f"{r[k]:.3f}" for k in ("accuracy", "precision", "recall", "f1")),
+            )
+        ],
+    )
+    if "horizon" in s:
+        images.append(_png(figures.horizon_curves(s["horizon"]), "fidelity against horizon"))
+    strips = directory / "fidelity.npz"
+    if strips.exists():
+        with np.load(strips) as arrays:
+            for camera in workspace.config.cameras:
+                figure = figures.film_strip(
+                    arrays[f"real/{camera}"], arrays[f"imagined/{camera}"], camera
+                )
+                images.append(_png(figure, f"held-out episodes, {camera}: open loop"))
+    better = [c for c, v in s["fidelity"].items() if v["psnr"] > v["copy_psnr"]]
+    text = (
+        f"{s['parameters'] / 1e6:.2f} M parameters, {s['transitions']} transitions of "
+        f"{s['training_episodes']} episodes; measured on {s['held_out_transitions']} transitions "
+        f"of {s['held_out_episodes']} held-out episodes. One chunk ahead the model beats "
+        f"copy-last-frame on {len(better)} of {len(s['fidelity'])} views."
+    )
+    return Section("World model", text, [views, reward], images)
+
+
+def _improve_section(workspace: Workspace, summaries: dict) -> Section:
+    records = read_metrics(workspace.directory("improve") / "metrics.jsonl")
+    s = summaries["improve"]
+    figure = figures.curves(
+        [
+            ("imagined success per branch", {"success": _line(records, "imagined_success")}),
+            ("approximate KL", {"kl": _line(records, "approx_kl")}),
+            ("clip fraction", {"clip": _line(records, "clip_fraction")}),
+            ("value error (RMS)", {"error": _line(records, "value_error")}),
+        ]
+    )
+    text = (
+        f"{s['updates']} updates on {s['imagined_chunks']} imagined chunks from "
+        f"{s['start_states']} dataset states; the share of branches that end in success went from "
+        f"{s['imagined_success_first']:.3f} to {s['imagined_success_last']:.3f} inside the model. "
+        "What that is worth in the simulator is the first section."
+    )
+    return Section(
+        "Policy optimisation in imagination", text, images=[_png(figure, "PPO in the world model")]
+    )
+
+
+def _run_section(summaries: dict) -> Section:
+    rows = [(s, f"{v['minutes']:.1f}", _one_line(s, v)) for s, v in summaries.items()]
+    environment = next(iter(summaries.values()))["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    text = (
+        f"{environment['processor']}; JAX devices: {environment['devices']}; Python "
+        f"{environment['python']} on {environment['platform']}; {versions}."
+    )
+    return Section("What was run", text, [Table(("stage", "minutes", "result"), rows)])
+
+
+def _line(records: list[dict], name: str) -> tuple[list[float], list[float]]:
+    chosen = [r for r in records if name in r]
+    return [r["step"] for r in chosen], [r[name] for r in chosen]
+
+
+def _png(figure, caption: str) -> Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return Image(base64.b64encode(buffer.getvalue()).decode(), "png", caption)

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mbpo_jax.rl.gae import chunk_discount, generalized_advantages, normalize_advantages
+
+GOLDEN = np.load(Path(__file__).parents[1] / "fixtures/gae_ppo/gae_ppo.npz")
+
+
+def test_two_chunks_by_hand():
+    # γ = 0.9, λ = 0.5, V = (1, 2), bootstrap 4, r = (0, 1), no end:
+    # δ1 = 1 + 0.9·4 - 2 = 2.6; δ0 = 0 + 0.9·2 - 1 = 0.8; A0 = 0.8 + 0.45·2.6 = 1.97
+    advantage, target = generalized_advantages(
+        jnp.array([[0.0], [1.0]]),
+        jnp.array([[1.0], [2.0]]),
+        jnp.zeros((2, 1)),
+        jnp.array([4.0]),
+        0.9,
+        0.5,
+    )
+    np.testing.assert_allclose(advantage[:, 0], [1.97, 2.6], atol=1e-6)
+    np.testing.assert_allclose(target[:, 0], [2.97, 4.6], atol=1e-6)
+
+
+def test_an_ended_chunk_does_not_bootstrap():
+    # done after chunk 0: A0 = r0 - V0 = 1 - 0.25, whatever follows.
+    advantage, _ = generalized_advantages(
+        jnp.array([[1.0], [7.0]]),
+        jnp.array([[0.25], [3.0]]),
+        jnp.array([[1.0], [0.0]]),
+        jnp.array([9.0]),
+        0.9,
+        0.95,
+    )
+    np.testing.assert_allclose(advantage[0, 0], 0.75, atol=1e-6)
+
+
+def test_golden_vectors():
+    g = {k.removeprefix("gae/"): GOLDEN[k] for k in GOLDEN.files if k.startswith("gae/")}
+    advantage, target = generalized_advantages(
+        g["rewards"],
+        g["values"][:-1],
+        g["dones"][1:].astype(np.float32),
+        g["values"][-1],
+        float(g["gamma"]),
+        float(g["lam"]),
+    )
+    np.testing.assert_allclose(advantage, g["advantages"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(target, g["returns"], rtol=1e-6, atol=1e-6)
+    everywhere = normalize_advantages(advantage, jnp.ones_like(advantage))
+    np.testing.assert_allclose(everywhere, g["advantages_norm"], rtol=1e-5, atol=2e-6)
+    masked = normalize_advantages(advantage, g["loss_mask"].astype(np.float32))
+    np.testing.assert_allclose(masked, g["advantages_norm_masked"], rtol=1e-5, atol=2e-6)
+
+
+def test_discount_conventions():
+    # 0.99^10 = 0.90438208, 0.99^9 = 0.91351725
+    np.testing.assert_allclose(chunk_discount(0.99, 10, "paper"), (0.90438208, 0.91351725))
+    assert chunk_discount(0.99, 10, "reference") == (0.99, 1.0)
+    with pytest.raises(ValueError, match="discount_per"):
+        chunk_discount(0.99, 10, "step")

@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mbpo_jax.rl.gae import learning_batch
+from mbpo_jax.rl.imagination import imagine, imagine_in_microbatches, recompute_values
+from tests.toy import ToyPolicy, ToyWorld, observation
+
+POLICY, WORLD = ToyPolicy(), ToyWorld()
+
+
+def branch_from(start, key, chunks=3, mean=0.0, weight=1.0):
+    params = POLICY.init()
+    params["actor"]["mean"] = jnp.asarray(mean)
+    params["critic"]["w"] = jnp.array([0.5, 2.0])
+    return imagine(
+        POLICY,
+        WORLD,
+        params,
+        {},
+        start,
+        key,
+        chunks=chunks,
+        reward_threshold=0.5,
+        reward_weight=weight,
+    )
+
+
+def test_a_branch_follows_the_world_and_records_it():
+    branch = branch_from(observation([-5.0, -4.0]), jax.random.key(0))
+    assert branch.actions.shape == (3, 2, 2, 1)
+    moved = np.asarray(branch.actions).mean((2, 3)).cumsum(0)
+    np.testing.assert_allclose(branch.observation.proprio[0, :, 0], [-5.0, -4.0])
+    np.testing.assert_allclose(
+        branch.observation.proprio[1:, :, 0], [-5.0, -4.0] + moved[:2], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        branch.last_observation.proprio[:, 0], [-5.0, -4.0] + moved[2], atol=1e-6
+    )
+    expected = 0.5 + 2.0 * branch.last_observation.proprio[:, 0]
+    np.testing.assert_allclose(branch.bootstrap_value, expected, atol=1e-6)
+    assert not branch.reward.any()
+    assert branch.valid.all()
+
+
+def test_a_branch_ends_at_its_first_success():
+    # Moving 2 per chunk from -1.5: -1.5 → 0.5 → 2.5 (done in the second chunk) → ...
+    branch = branch_from(observation([-1.5]), jax.random.key(1), chunks=4, mean=2.0, weight=0.75)
+    np.testing.assert_array_equal(branch.valid[:, 0], [1, 1, 0, 0])
+    np.testing.assert_array_equal(branch.reward[:, 0], [0, 0.75, 0, 0])
+    batch = learning_batch(branch, 0.9, 0.95, normalize=False)
+    # The ended chunk's target is its reward alone.
+    np.testing.assert_allclose(batch.target[1], 0.75, atol=1e-6)
+
+
+def test_microbatches_have_the_layout_of_one_batch():
+    start = observation(np.linspace(-9, -3, 6))
+    key = jax.random.key(2)
+    whole = imagine_in_microbatches(branch_from, start, key, 6)
+    parts = imagine_in_microbatches(branch_from, start, key, 2)
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, parts)
+    np.testing.assert_allclose(parts.observation.proprio[0], start.proprio)
+    moved = np.asarray(parts.actions).mean((2, 3)).sum(0)
+    np.testing.assert_allclose(
+        parts.last_observation.proprio[:, 0], start.proprio[:, 0] + moved, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="not a multiple"):
+        imagine_in_microbatches(branch_from, start, key, 4)
+
+
+def test_values_are_recomputed_with_the_new_critic():
+    branch = branch_from(observation([-5.0, -4.0, -3.0]), jax.random.key(0))
+    params = POLICY.init()
+    params["critic"]["w"] = jnp.array([-1.0, 1.0])
+    again = recompute_values(POLICY, params, branch, micro_batch=2)
+    np.testing.assert_allclose(again.value, branch.observation.proprio[..., 0] - 1.0, atol=1e-6)
+    np.testing.assert_allclose(
+        again.bootstrap_value, branch.last_observation.proprio[:, 0] - 1.0, atol=1e-6
+    )
+    np.testing.assert_array_equal(again.log_prob, branch.log_prob)

@@ -1,0 +1,103 @@
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from mbpo_jax.stages.improve_policy import optimize_policy
+from mbpo_jax.training.metrics import read_metrics
+from tests.toy import ToyPolicy, ToyWorld, observation
+
+
+class Starts:
+    """Start positions 0.4 to 0.9: the goal at 1 is reached by moving to the right."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return jax.tree.map(lambda x: x[0], observation([0.4 + i / 32]))
+
+
+def config(**changes) -> ml_collections.ConfigDict:
+    rl = {
+        "branch_chunks": 2,
+        "start_states": 16,
+        "imagination_batch": 8,
+        "discount": 0.9,
+        "discount_per": "reference",
+        "gae_lambda": 0.95,
+        "normalize_advantages": True,
+        "reward_threshold": 0.5,
+        "updates": 60,
+        "updates_per_refill": 5,
+        "value_recompute_every": 2,
+        "critic_warmup": 5,
+        "minibatch_size": 32,
+        "actor_lr": 2e-2,
+        "critic_lr": 5e-2,
+        "weight_decay": 0.0,
+        "grad_clip": 1.0,
+        "clip_ratio": 0.2,
+        "value_clip": 0.5,
+        "huber_delta": 10.0,
+    }
+    return ml_collections.ConfigDict(
+        {"seed": 0, "chunk": 2, "parallel": {"fsdp": 1}, "rl": {**rl, **changes}}
+    )
+
+
+def optimize(directory, **changes):
+    policy = ToyPolicy()
+    return optimize_policy(
+        config(**changes), policy, ToyWorld(), policy.init(), {}, Starts(), directory=directory
+    )
+
+
+def test_the_return_improves_in_an_exact_world(tmp_path):
+    params = optimize(tmp_path)
+    history = read_metrics(tmp_path / "metrics.jsonl")
+    success = [r["imagined_success"] for r in history if "imagined_success" in r]
+    assert np.mean(success[:2]) < 0.65
+    assert np.mean(success[-3:]) > 0.9
+    assert params["actor"]["mean"] > 0.3
+
+
+def test_the_warm_up_leaves_the_actor_alone(tmp_path):
+    params = optimize(tmp_path, updates=5)
+    assert float(params["actor"]["mean"]) == 0.0
+    assert np.abs(params["critic"]["w"]).max() > 0.0
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = optimize(tmp_path / "whole", updates=15)
+
+    class Killed(Exception):
+        pass
+
+    class DyingStarts(Starts):
+        """Dies at the third refill."""
+
+        count = 0
+
+        def __getitem__(self, i):
+            DyingStarts.count += 1
+            if DyingStarts.count > 40:
+                raise Killed
+            return super().__getitem__(i)
+
+    policy = ToyPolicy()
+    with pytest.raises(Killed):
+        optimize_policy(
+            config(updates=15),
+            policy,
+            ToyWorld(),
+            policy.init(),
+            {},
+            DyingStarts(),
+            directory=tmp_path / "killed",
+        )
+    resumed = optimize(tmp_path / "killed", updates=15)
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert read_metrics(tmp_path / "whole/metrics.jsonl") == read_metrics(
+        tmp_path / "killed/metrics.jsonl"
+    )

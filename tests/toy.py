@@ -1,0 +1,57 @@
+"""An exact toy world and a Gaussian policy: the two protocols with known answers.
+
+A point on a line moves by the mean of its chunk's actions; the task is done where it is beyond 1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbpo_jax.types import ActionSample, Observation, Prompt
+
+CHUNK = 2
+DEVIATION = 0.3
+
+
+def observation(position) -> Observation:
+    """Observations [M] at the given positions [M]."""
+    position = np.asarray(position, np.float32)
+    prompt = Prompt(np.zeros((len(position), 1), np.int32), np.ones((len(position), 1), bool))
+    return Observation(
+        images={"camera": np.zeros((len(position), 1, 1, 3), np.uint8)},
+        proprio=position[:, None],
+        prompt=prompt,
+        world_prompt=prompt,
+    )
+
+
+class ToyWorld:
+    """Implements WorldModel without parameters."""
+
+    def step(self, params, observation, actions, key):
+        return observation.replace(proprio=observation.proprio + actions.mean((1, 2))[:, None])
+
+    def reward(self, params, observation):
+        return (observation.proprio[:, 0] > 1.0).astype(jnp.float32)
+
+
+class ToyPolicy:
+    """Implements Policy: actions are normal around a learned constant."""
+
+    def init(self):
+        return {"actor": {"mean": jnp.zeros(())}, "critic": {"w": jnp.zeros(2)}}
+
+    def encode(self, params, observation):
+        return {"position": observation.proprio[:, 0], "mean": params["actor"]["mean"]}
+
+    def sample(self, params, prefix, key):
+        noise = jax.random.normal(key, (*prefix["position"].shape, CHUNK, 1))
+        actions = prefix["mean"] + DEVIATION * noise
+        return ActionSample(actions, actions, self.log_prob(params, prefix, actions))
+
+    def log_prob(self, params, prefix, chain):
+        return jax.scipy.stats.norm.logpdf(chain, prefix["mean"], DEVIATION).sum((1, 2))
+
+    def value(self, params, prefix):
+        w = params["critic"]["w"]
+        return w[0] + w[1] * jax.lax.stop_gradient(prefix["position"])
