@@ -6,8 +6,8 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 POLICY_COLORS = {"sft": "#8da0cb", "improved": "#e07b39"}
 COLORS = ("#e07b39", "#3b6ea5", "#5a9367", "#9b5094", "#b8a13a", "#7a7a7a")
