@@ -20,7 +20,7 @@ from google.protobuf.json_format import ParseError
 from PIL import Image
 from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 
-from mbpo_jax.types import Episode
+from mbpo_jax.episode import Episode
 
 _METADATA = (
     "suite",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbpo_jax.types import Episode
+from mbpo_jax.episode import Episode
 
 _IMAGE = "image/"
 _ARRAYS = ("timesteps", "proprio", "actions", "target_actions", "num_actions")

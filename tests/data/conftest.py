@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mbpo_jax.types import Episode
+from mbpo_jax.episode import Episode
 
 
 @pytest.fixture
