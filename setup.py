@@ -22,7 +22,6 @@ CORE = [
     "dm-pix>=0.4.5,<0.5",
     "matplotlib>=3.10,<4",
     "imageio>=2.37,<3",
-    "opencv-python-headless>=4.11,<5",
     "Pillow>=11",
     "scipy>=1.15",
     "tqdm>=4.67",

@@ -1,0 +1,90 @@
+"""The whole method at the smallest size, on the real simulator."""
+
+import json
+
+import pytest
+
+from configs import libero_long
+from mbpo_jax import pipeline
+from mbpo_jax.stages.workspace import StageError, Workspace
+
+
+def tiny_config():
+    config = libero_long.get_config("micro")
+    config.max_steps = 200
+    config.demonstrations.episodes_per_task = 2
+    config.sft.update({"steps": 4, "log_every": 2, "checkpoint_every": 2, "batch_size": 4})
+    config.rollouts.episodes_per_task = 2
+    world = config.world_model
+    world.update({"dynamics_batch_size": 2, "reward_batch_size": 2, "holdout_fraction": 0.5})
+    world.horizon = 2
+    world.vae_training.update({"steps": 2, "log_every": 1, "batch_size": 2})
+    world.training.update({"steps": 2, "log_every": 1})
+    config.rl.update(
+        {"start_states": 4, "imagination_batch": 2, "updates": 4, "updates_per_refill": 2}
+    )
+    config.rl.update({"minibatch_size": 4, "critic_warmup": 1, "value_recompute_every": 1})
+    config.evaluation.update({"episodes_per_task": 2, "video_size": 64})
+    return config
+
+
+@pytest.mark.libero
+def test_end_to_end(tmp_path, capsys):
+    pytest.importorskip("libero", reason="the simulator is not installed (extra: libero)")
+    pipeline.run(tiny_config(), tmp_path)
+    output = capsys.readouterr().out
+    assert "report:" in output
+    assert "exact McNemar" in output
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["stages"]) == list(pipeline.STAGES)
+    demonstrations = results["stages"]["demonstrations"]
+    assert demonstrations["episodes"] == 2
+    evaluation = results["stages"]["evaluate"]
+    assert evaluation["policies"]["improved"]["episodes"] == 2
+    assert evaluation["paired"]["pairs"] == 2
+    assert set(results["stages"]["world_model"]["fidelity"]) == set(tiny_config().cameras)
+
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6
+    assert "data:image/gif;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+
+    # A second run finds everything finished and changes nothing.
+    before = (tmp_path / "evaluate/done.json").stat().st_mtime_ns
+    pipeline.run(tiny_config(), tmp_path)
+    assert capsys.readouterr().out.count("finished before") == len(pipeline.STAGES)
+    assert (tmp_path / "evaluate/done.json").stat().st_mtime_ns == before
+
+    # Another branch length belongs in another directory; the message says what differs.
+    other = tiny_config()
+    other.rl.branch_chunks = 1
+    with pytest.raises(StageError, match=r"rl\.branch_chunks: 2 there, 1 now"):
+        pipeline.run(other, tmp_path)
+
+
+def test_an_unknown_stage_names_the_nearest(tmp_path):
+    with pytest.raises(StageError, match="did you mean evaluate"):
+        pipeline.run(tiny_config(), tmp_path, ["evalute"])
+
+
+def test_a_stage_without_its_inputs_says_what_to_run(tmp_path):
+    with pytest.raises(StageError, match="'demonstrations' has not finished"):
+        pipeline.run(tiny_config(), tmp_path, ["sft"])
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr("mbpo_jax.stages.workspace.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(StageError, match="GiB are free"):
+        Workspace(tmp_path, tiny_config()).begin("demonstrations", ["seed"])
+
+
+def test_an_unknown_variant_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'micro'"):
+        libero_long.get_config("mikro")
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(AttributeError, match="branch_chunks"):
+        libero_long.get_config("micro").rl.branch_chunk = 1
