@@ -1,0 +1,161 @@
+"""Grasps and placements from the collision geometry of a scene. Lengths in metres."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+_MESH, _SPHERE, _CAPSULE, _CYLINDER = 7, 2, 3, 5  # mjtGeom
+_GRIPPER_WIDTH = 0.0775  # widest thing that fits between the open fingers
+_SPACING = 0.01  # of the points that stand for a surface
+
+
+@dataclasses.dataclass(frozen=True)
+class Grasp:
+    """Where the point between the fingertips goes, and by which angle the hand turns about the
+    vertical (0: fingers open along the world's y axis)."""
+
+    position: np.ndarray
+    yaw: float
+
+
+def opening_axis(yaw: float) -> np.ndarray:
+    """Unit vector [2] along which the fingers open."""
+    return np.array([-np.sin(yaw), np.cos(yaw)])
+
+
+def _geom_points(model: Any, geom: int) -> np.ndarray:
+    kind, size = model.geom_type[geom], model.geom_size[geom]
+    if kind == _MESH:
+        mesh = model.geom_dataid[geom]
+        start = model.mesh_vertadr[mesh]
+        return model.mesh_vert[start : start + model.mesh_vertnum[mesh]]
+    if kind in (_CYLINDER, _CAPSULE):
+        angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+        ring = np.stack([np.cos(angle), np.sin(angle)], axis=1) * size[0]
+        return np.concatenate(
+            [np.column_stack([ring, np.full(len(ring), z)]) for z in (-size[1], 0.0, size[1])]
+        )
+    half = np.full(3, size[0]) if kind == _SPHERE else size
+    counts = np.clip(np.ceil(2 * half / _SPACING), 1, 24).astype(int) + 1
+    axes = [np.linspace(-1, 1, count) for count in counts]
+    grid = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 3)
+    return grid[np.abs(grid).max(axis=1) == 1] * half
+
+
+def body_points(model: Any, data: Any, root: int, subtree: bool = True) -> np.ndarray:
+    """World points [N, 3] on the collision surfaces of a body (and of what hangs on it)."""
+    bodies = {root}
+    if subtree:
+        for body in range(root + 1, model.nbody):
+            if model.body_parentid[body] in bodies:
+                bodies.add(body)
+    points = [
+        _geom_points(model, geom) @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom]
+        for geom in range(model.ngeom)
+        if model.geom_bodyid[geom] in bodies
+        and (model.geom_contype[geom] or model.geom_conaffinity[geom])
+    ]
+    return np.concatenate(points) if points else np.zeros((0, 3))
+
+
+def _extent(points: np.ndarray, yaw: float) -> tuple[float, float]:
+    along = points[:, :2] @ opening_axis(yaw)
+    return along.min(), along.max()
+
+
+def plan_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int = 0) -> Grasp:
+    """A grasp from above of the object with surface `points` [N, 3].
+
+    Narrow objects are pinched across their least width, others by their rim on the side with most
+    room; the hand turns as little as that allows. `attempt` counts failed grasps: a rim grasp is
+    then tried elsewhere, a pinch deeper.
+    """
+    low, high = points.min(axis=0), points.max(axis=0)
+    height = high[2] - low[2]
+    yaws = np.linspace(-np.pi / 2, np.pi / 2, 73)
+    widths = np.array([np.ptp(_extent(points, yaw)) for yaw in yaws])
+    best = np.argmin(widths + 0.01 * np.abs(yaws))
+    if widths[best] < _GRIPPER_WIDTH:
+        yaw = float(yaws[best])
+        centre = (low + high)[:2] / 2
+        axis = opening_axis(yaw)
+        centre = centre + axis * (sum(_extent(points, yaw)) / 2 - centre @ axis)
+        depth = min(0.03 + 0.01 * attempt, 0.5 * height)
+        return Grasp(np.array([*centre, max(high[2] - depth, low[2] + 0.008)]), yaw)
+    centre, yaw = _rim_grasp(points, obstacles, attempt)
+    depth = min(0.025, 0.5 * height)
+    return Grasp(np.array([*centre, max(high[2] - depth, low[2] + 0.008)]), yaw)
+
+
+def _rim_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int) -> tuple[np.ndarray, float]:
+    middle = (points.min(axis=0) + points.max(axis=0))[:2] / 2
+    top = points[points[:, 2] > points[:, 2].max() - 0.02]
+    tall = obstacles[obstacles[:, 2] > points[:, 2].max() - 0.05]
+    choices = []
+    for yaw in np.arange(-5, 6) * np.pi / 12:
+        for side in (1.0, -1.0):
+            axis = side * opening_axis(yaw)
+            radius = (top[:, :2] @ axis).max() - middle @ axis
+            finger = middle + axis * (radius + 0.03)
+            room = np.linalg.norm(tall[:, :2] - finger, axis=1).min() if len(tall) else 1.0
+            cost = 0.02 * abs(yaw) - min(room, 0.06)
+            choices.append((cost, yaw, middle + axis * (radius - 0.008)))
+    choices.sort(key=lambda choice: choice[0])
+    _, yaw, centre = choices[attempt % len(choices)]
+    return centre, float(yaw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a held object's origin is taken, `spot` [2] and `height`, with the hand at `yaw`."""
+
+    spot: np.ndarray
+    height: float
+    yaw: float
+
+
+def rotation_about_vertical(angle: float) -> np.ndarray:
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+
+
+def plan_insertion(
+    shape: np.ndarray, yaw: float, container: np.ndarray, centre: np.ndarray, half: np.ndarray
+) -> Placement:
+    """How to lower an object into a region of a container so that it touches no wall.
+
+    shape: the object's surface points [N, 3] relative to its origin, held at `yaw`; container:
+    surface points [W, 3]; centre, half: [3], the region in which the origin must be. It is let go
+    with its lower end 3 cm below the container's rim. The spot and the hand's yaw (in steps of 15
+    degrees) leave 1.5 cm of room if possible; then little turning and a central spot are preferred.
+    """
+    height = container[:, 2].max() - 0.03 - shape[:, 2].min()
+    walls = container[container[:, 2] > height + shape[:, 2].min()][:, :2]
+    reach = half[:2].max() + np.linalg.norm(shape[:, :2], axis=1).max()
+    walls = walls[np.linalg.norm(walls - centre[:2], axis=1) < reach + 0.02]
+    if not len(walls):
+        return Placement(centre[:2], height, yaw)
+    walls = np.unique(np.round(walls, 3), axis=0)
+    grid = np.linspace(-1, 1, 11)
+    offsets = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    offsets = offsets * np.maximum(half[:2] - 0.008, 0)
+    best = (np.inf, centre[:2], yaw)
+    for candidate in np.arange(-6, 7) * np.pi / 12:
+        turned = shape @ rotation_about_vertical(candidate - yaw).T
+        room = _room(turned[:, :2], walls, centre[:2] + offsets)
+        cost = np.linalg.norm(offsets, axis=1) - 10 * np.minimum(room, 0.015)
+        cost += 0.01 * abs(candidate - yaw)
+        if cost.min() < best[0]:
+            best = (cost.min(), centre[:2] + offsets[np.argmin(cost)], float(candidate))
+    return Placement(best[1], height, best[2])
+
+
+def _room(footprint: np.ndarray, walls: np.ndarray, spots: np.ndarray) -> np.ndarray:
+    """Distance [S] from the convex outline of a footprint at each spot to the nearest wall point,
+    negative where they overlap. Outline in 24 directions."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    normals = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    support = (footprint @ normals.T).max(axis=0)
+    outside = (walls @ normals.T)[None] - (spots @ normals.T + support)[:, None]
+    return outside.max(axis=-1).min(axis=-1)

@@ -1,0 +1,62 @@
+"""What is asked of the simulator and what comes back. NumPy only: worker processes import it."""
+
+import dataclasses
+
+import numpy as np
+
+from mbpo_jax.episode import Episode
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeRequest:
+    """One episode to be run.
+
+    task_id: of the suite that the environment or pool was made for.
+    seed / init_state_id: a random reset, or a shipped initial state; exactly one is >= 0.
+    max_steps: length after which the episode has failed.
+    action_noise: levels of the jitter on the expert's actions; an episode draws one of them.
+    render_every: stride of the expert's frames in steps; divides the chunk, so that the frame a
+        chunk later is there too.
+    video_size: pixels of extra frames for a video, 0 for none.
+    """
+
+    task_id: int
+    seed: int = -1
+    init_state_id: int = -1
+    max_steps: int = 520
+    action_noise: tuple[float, ...] = (0.0,)
+    render_every: int = 5
+    video_size: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.seed >= 0) == (self.init_state_id >= 0):
+            raise ValueError(
+                "an episode starts from a seed or from an init_state_id: exactly one must be >= 0, "
+                f"not seed={self.seed} and init_state_id={self.init_state_id}"
+            )
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
+        if not self.action_noise or min(self.action_noise) < 0:
+            raise ValueError(f"action_noise needs levels >= 0, not {self.action_noise}")
+
+
+@dataclasses.dataclass
+class EpisodeResult:
+    """An episode with its request. `video`: camera -> uint8 [n, S, S, 3] at VIDEO_STRIDE steps and
+    at the end, or None; `seconds`: what it cost on its worker."""
+
+    request: EpisodeRequest
+    episode: Episode
+    video: dict[str, np.ndarray] | None
+    seconds: float
+
+
+@dataclasses.dataclass
+class Query:
+    """A policy is asked for chunk number `chunk_index` of an episode: frames camera -> uint8
+    [H, W, 3] and proprioception float32 [8]."""
+
+    request: EpisodeRequest
+    chunk_index: int
+    images: dict[str, np.ndarray]
+    proprio: np.ndarray
