@@ -7,6 +7,7 @@ the directory with `tfds.builder_from_directory(directory).as_data_source("train
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import shutil
@@ -141,6 +142,7 @@ def write_episodes(directory: str | Path, episodes: Iterable[Episode]) -> int:
     Raises:
         ValueError: no episodes, an episode whose arrays contradict each other or the first
             episode's shapes, or a directory that is already in use.
+        OSError: the disk is full; nothing is left of the dataset.
     """
     directory = Path(directory)
     if directory.exists():
@@ -162,6 +164,10 @@ def write_episodes(directory: str | Path, episodes: Iterable[Episode]) -> int:
         builder.download_and_prepare()
         count = builder.info.splits["train"].num_examples
         os.rename(builder.data_dir, directory)
+    except RuntimeError as error:  # array_record has no OSError of its own
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return count

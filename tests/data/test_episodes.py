@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mbpo_jax.data.episodes import read_episodes, write_episodes
+from mbpo_jax.data.episodes import RobotEpisodes, read_episodes, write_episodes
 
 
 def test_round_trip_is_exact_and_ordered(tmp_path, make_episode, assert_same_episode):
@@ -131,6 +132,26 @@ def test_damaged_records(tmp_path, make_episode, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=r"array_record.* is corrupt.*delete the directory .*data"):
         read_episodes(tmp_path / "data")
+
+
+def test_records_of_another_dataset(tmp_path, make_episode):
+    write_episodes(tmp_path / "two", [make_episode([0, 1])] * 2)
+    write_episodes(tmp_path / "one", [make_episode([0, 1])])
+    (one,), (two,) = ((tmp_path / name).glob("*array_record*") for name in ("one", "two"))
+    two.write_bytes(one.read_bytes())
+    with pytest.raises(ValueError, match=r"array_record.*1 records, expected 2"):
+        read_episodes(tmp_path / "two")
+
+
+def test_full_disk(tmp_path, make_episode, monkeypatch):
+    def full(self):
+        raise RuntimeError("write() failed: No space left on device; writing x; at byte 3145728")
+
+    monkeypatch.setattr(RobotEpisodes, "download_and_prepare", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*data") as caught:
+        write_episodes(tmp_path / "data", [make_episode([0, 1])])
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "array_record"])

@@ -102,24 +102,24 @@ def test_paligemma_bad_file(tmp_path):
 
 @pytest.fixture
 def qwen_files(tmp_path):
-    """All 256 bytes and one merge ("i" + "n"), with BAGEL's markers at 257.. ."""
+    """All 256 bytes and two merges, "in" and "12", with BAGEL's markers at 258.. ."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "in"])}
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "in", "12"])}
     markers = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\ni n\n")
-    listed = {str(257 + i): {"content": marker} for i, marker in enumerate(markers)}
+    (tmp_path / "merges.txt").write_text("#version: 0.2\ni n\n1 2\n")
+    listed = {str(258 + i): {"content": marker} for i, marker in enumerate(markers)}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
     return tmp_path
 
 
 def test_qwen_from_vocabulary_and_merges(qwen_files):
     tokenizer = QwenTokenizer(qwen_files)
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (257, 258)
-    assert (tokenizer.start_of_image_id, tokenizer.end_of_image_id) == (259, 260)
-    assert tokenizer.vocab_size == 261
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (258, 259)
+    assert (tokenizer.start_of_image_id, tokenizer.end_of_image_id) == (260, 261)
+    assert tokenizer.vocab_size == 262
     vocabulary = json.loads((qwen_files / "vocab.json").read_text())
-    # A space belongs to the word after it (as "Ġ"); every digit stands alone.
+    # A space belongs to the word after it (as "Ġ"); a digit never merges.
     expected = ["in", "Ġ", "in", "1", "2"]
     assert tokenizer.encode("in in12") == [vocabulary[piece] for piece in expected]
     assert tokenizer.decode(tokenizer.encode("Step 1: [0, é]")) == "Step 1: [0, é]"
@@ -132,13 +132,13 @@ def test_qwen_from_tokenizer_json(qwen_files, tmp_path):
     first._model.save(str(other / "tokenizer.json"))
     second = QwenTokenizer(other)
     assert second.encode("put it in the bin\n") == first.encode("put it in the bin\n")
-    assert second.eos_id == 258
+    assert second.eos_id == 259
 
 
 def test_qwen_bad_files(qwen_files, tmp_path):
     config = qwen_files / "tokenizer_config.json"
     good = config.read_text()
-    config.write_text(good.replace("258", "300"))
+    config.write_text(good.replace("259", "300"))
     with pytest.raises(ValueError, match="do not belong together"):
         QwenTokenizer(qwen_files)
     config.unlink()
