@@ -64,10 +64,7 @@ def run_expert(env: LiberoEnv, request: EpisodeRequest) -> EpisodeResult:
             f"render_every={request.render_every} must divide the chunk of {env.chunk} steps"
         )
     env.max_steps = request.max_steps
-    if request.init_state_id >= 0:
-        env.reset(init_state_id=request.init_state_id)
-    else:
-        env.reset(seed=request.seed)
+    env.reset_to(request)
     random = np.random.default_rng([max(request.seed, 0), request.init_state_id + 1])
     level = request.action_noise[random.integers(len(request.action_noise))]
     offset = int(random.integers(request.render_every))

@@ -17,6 +17,7 @@ import numpy as np
 
 from mbpo_jax.envs import rendering
 from mbpo_jax.envs.culling import FrustumCulling
+from mbpo_jax.envs.requests import EpisodeRequest
 
 SUITES = {
     "libero_spatial": 10,
@@ -164,6 +165,13 @@ class LiberoEnv:
         self._reached[:] = False
         self.num_steps, self.success = 0, False
 
+    def reset_to(self, request: EpisodeRequest) -> None:
+        """`reset` to where the request wants the episode to start."""
+        if request.init_state_id >= 0:
+            self.reset(init_state_id=request.init_state_id)
+        else:
+            self.reset(seed=request.seed)
+
     def step(self, action: np.ndarray) -> bool:
         """Executes one action [7] and says whether the task is done. Raises ValueError for an
         action of another shape or with values that are not finite."""
@@ -177,17 +185,6 @@ class LiberoEnv:
         self.success = bool(now.all())
         self._refresh_poses()
         return self.success
-
-    def step_chunk(self, actions: np.ndarray) -> tuple[int, bool]:
-        """Executes `actions` [k, 7] until success or `max_steps`; returns how many were executed
-        and whether the task is done."""
-        executed = 0
-        for action in actions:
-            if self.success or self.num_steps >= self.max_steps:
-                break
-            self.step(action)
-            executed += 1
-        return executed, self.success
 
     @property
     def over(self) -> bool:

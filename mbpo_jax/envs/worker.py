@@ -1,0 +1,83 @@
+"""The worker process of a pool: runs one episode after another on its own simulator.
+
+Started as `python -m mbpo_jax.envs.worker FILE_DESCRIPTOR`. It is a program of its own rather than
+a multiprocessing child, so that it never imports the caller's main module and with it JAX.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from mbpo_jax.envs.expert import run_expert
+from mbpo_jax.envs.libero import LiberoEnv
+from mbpo_jax.envs.requests import EpisodeRequest, Query
+from mbpo_jax.envs.rollout import run_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvSettings:
+    """The arguments of LiberoEnv that all episodes of a pool share."""
+
+    suite: str
+    cameras: tuple[str, ...]
+    image_size: int
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An episode for a worker; `source` is None for the expert, else the policy's name."""
+
+    request: EpisodeRequest
+    source: str | None
+
+
+class Worker:
+    """Answers jobs with results; holds one environment, of the task that came last."""
+
+    def __init__(self, connection: Connection, settings: EnvSettings):
+        self._connection, self._settings = connection, settings
+        self._env: LiberoEnv | None = None
+
+    def run(self, job: Job) -> Any:
+        env = self._environment(job.request.task_id)
+        if job.source is None:
+            return run_expert(env, job.request)
+        return run_policy(env, job.request, self._ask, job.source)
+
+    def _environment(self, task_id: int) -> LiberoEnv:
+        if self._env is None or self._env.task_id != task_id:
+            if self._env is not None:
+                self._env.close()
+            self._env = LiberoEnv(task_id=task_id, **dataclasses.asdict(self._settings))
+        return self._env
+
+    def _ask(self, query: Query) -> np.ndarray:
+        self._connection.send(query)
+        return self._connection.recv()
+
+
+def main(descriptor: int) -> None:
+    # Ctrl-C reaches the whole process group; the pool decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The end of the connection means that the pool has gone, however it went.
+    with Connection(descriptor) as connection, contextlib.suppress(EOFError, BrokenPipeError):
+        worker = Worker(connection, connection.recv())
+        while True:
+            job = connection.recv()
+            try:
+                answer = worker.run(job)
+            except (EOFError, BrokenPipeError):
+                raise
+            except Exception as error:  # any failure belongs to the caller, who raises it
+                answer = error
+            connection.send(answer)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
