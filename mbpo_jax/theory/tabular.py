@@ -20,8 +20,9 @@ from mbpo_jax.theory import checks
 class ChunkProblem(NamedTuple):
     """A true MDP, two learned models of it, and two open-loop chunk policies.
 
-    `step` may depend on the position within the chunk (a leading axis of k). `step_model` predicts one step and is composed k times; `chunk_model` predicts k steps at once
-    (frame skipping). They need not agree with each other.
+    `step` may depend on the position within the chunk (a leading axis of k). `step_model` predicts
+    one step and is composed k times; `chunk_model` predicts k steps at once (frame skipping).
+    They need not agree with each other.
     """
 
     step: Float[Array, "*k S A S"]
@@ -93,7 +94,7 @@ def _prefixes(step, k: int):
 
 
 def chunk_kernel(step: Float[Array, "*k S A S"], k: int) -> Float[Array, "S U S"]:
-    """T(s' | s, u): the step kernel, or one kernel per position, composed along the k actions of u."""
+    """T(s' | s, u): the step kernel (or one per position) composed along the actions of u."""
     return list(_prefixes(step, k))[-1]
 
 
