@@ -1,0 +1,212 @@
+"""BAGEL as one model (arXiv 2505.14683): text, ViT and VAE tokens as segments of the decoder, and
+the heads that read images and answers back.
+
+Parameters: {"mot", "vit", "adapters", "position_tables"}. Letters as in `models.qwen2_mot`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mbpo_jax.models import navit, qwen2_mot
+from mbpo_jax.models.qwen2_mot import Cache, Segment
+from mbpo_jax.world_model.config import UMMConfig
+
+Params = Any
+TIME_FEATURES = 256
+
+
+class Tokenizer(Protocol):
+    """What the model needs of a tokenizer; ids are below `vocab_size`."""
+
+    bos_id: int
+    eos_id: int
+    start_of_image_id: int
+    end_of_image_id: int
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def init(config: UMMConfig, action_dim: int, key: Array) -> Params:
+    """Fresh weights; the head that reads images is zero, so a first prediction is zero."""
+    d, token = config.mot.hidden_size, config.token_size
+    keys = iter(jax.random.split(key, 10))
+
+    def linear(inputs, outputs):
+        kernel = jax.random.normal(next(keys), (inputs, outputs)) / np.sqrt(inputs)
+        return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+
+    adapters = {
+        "connector": {"fc1": linear(config.vit.hidden_size, d), "fc2": linear(d, d)},
+        "time_embedder": {"fc1": linear(TIME_FEATURES, d), "fc2": linear(d, d)},
+        "vae2llm": linear(token, d),
+        "llm2vae": {"kernel": jnp.zeros((d, token)), "bias": jnp.zeros(token)},
+    }
+    if config.actions_as == "embedding":
+        adapters["action2llm"] = linear(action_dim, d)
+    if config.prediction == "residual":
+        adapters["current2llm"] = linear(token, d)
+    return {
+        "mot": qwen2_mot.init(config.mot, next(keys)),
+        "vit": navit.init(config.vit, next(keys)),
+        "adapters": adapters,
+        "position_tables": {
+            "latent": jnp.asarray(position_table(config.max_latent_side, d)),
+            "vit": jnp.asarray(position_table(config.vit.max_patches_per_side, d)),
+        },
+    }
+
+
+def position_table(side: int, width: int) -> Float[np.ndarray, "cells width"]:
+    """Sin-cos table [side * side, width], row-major cells.
+
+    The first half of the channels encodes the column, the second the row; each half is [sin | cos]
+    with frequencies 10000^(-i / (width / 4)).
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    angles = np.arange(side)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    columns, rows = np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)
+    return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
+def time_features(t: Float[Array, "*B"]) -> Float[Array, "*B features"]:
+    """[cos | sin] of t * 10000^(-i/128); flow time in [0, 1], not multiplied by 1000."""
+    half = TIME_FEATURES // 2
+    angles = t[..., None] * (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def embed_time(params: Params, t: Float[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Flow-time embedding: Linear, SiLU, Linear."""
+    weights = params["adapters"]["time_embedder"]
+    return navit.linear(weights["fc2"], jax.nn.silu(navit.linear(weights["fc1"], time_features(t))))
+
+
+def tokens_from_latents(latents: Float[Array, "B h w z"], patch: int) -> Float[Array, "B n v"]:
+    """Row-major latent tokens, each (row in patch, column in patch, channel)."""
+    return navit.patchify(latents, patch)
+
+
+def latents_from_tokens(
+    tokens: Float[Array, "B n v"], rows: int, columns: int, patch: int
+) -> Float[Array, "B h w z"]:
+    """Inverse of `tokens_from_latents`; rows and columns count tokens."""
+    b = tokens.shape[0]
+    x = tokens.reshape(b, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * patch, columns * patch, -1)
+
+
+def _no_gen(und):
+    return jnp.zeros((und.shape[0], 0, und.shape[2]), und.dtype)
+
+
+def _markers(params, config, tokenizer, batch):
+    ids = jnp.asarray([tokenizer.start_of_image_id, tokenizer.end_of_image_id])
+    embedded = qwen2_mot.embed_text(params["mot"], config.mot, ids)
+    return jnp.broadcast_to(embedded, (batch, *embedded.shape))
+
+
+def text_segment(
+    params: Params,
+    config: UMMConfig,
+    ids: Int[Array, "B n"],
+    valid: Bool[Array, "B n"] | None = None,
+) -> Segment:
+    """A text, read causally; `ids` include its bos and eos, and count only where `valid`."""
+    und = qwen2_mot.embed_text(params["mot"], config.mot, ids)
+    return Segment(und, _no_gen(und), valid, "causal")
+
+
+def action_segment(
+    params: Params, config: UMMConfig, tokenizer: Tokenizer, actions: Float[Array, "B k A"]
+) -> Segment:
+    """A chunk as embedded vectors, one token per step, between bos and eos."""
+    steps = navit.linear(params["adapters"]["action2llm"], actions).astype(config.mot.dtype)
+    ends = qwen2_mot.embed_text(
+        params["mot"], config.mot, jnp.asarray([tokenizer.bos_id, tokenizer.eos_id])
+    )
+    ends = jnp.broadcast_to(ends, (actions.shape[0], *ends.shape))
+    und = jnp.concatenate([ends[:, :1], steps, ends[:, 1:]], axis=1)
+    return Segment(und, _no_gen(und), None, "causal")
+
+
+def vit_segment(
+    params: Params,
+    config: UMMConfig,
+    tokenizer: Tokenizer,
+    features: Float[Array, "B n F"],
+    rows: int,
+    columns: int,
+) -> Segment:
+    """A picture as ViT tokens between its markers; `features` come from `navit.forward`."""
+    x = connect(params, config, features, rows, columns)
+    marks = _markers(params, config, tokenizer, x.shape[0])
+    und = jnp.concatenate([marks[:, :1], x, marks[:, 1:]], axis=1)
+    return Segment(und, _no_gen(und), None, "full")
+
+
+def connect(
+    params: Params, config: UMMConfig, features: Float[Array, "B n F"], rows: int, columns: int
+) -> Float[Array, "B n D"]:
+    """ViT features in the decoder's width, with their grid position."""
+    weights = params["adapters"]["connector"]
+    x = jax.nn.gelu(navit.linear(weights["fc1"], features), approximate=True)
+    x = navit.linear(weights["fc2"], x).astype(config.mot.dtype)
+    ids = navit.grid_ids(rows, columns, config.vit.max_patches_per_side)
+    return x + params["position_tables"]["vit"][ids].astype(x.dtype)
+
+
+def latent_segment(
+    params: Params,
+    config: UMMConfig,
+    tokenizer: Tokenizer,
+    tokens: Float[Array, "B n v"],
+    rows: int,
+    columns: int,
+    t: Float[Array, "B"] | None = None,
+    current: Float[Array, "B n v"] | None = None,
+) -> Segment:
+    """A picture as VAE tokens between its markers.
+
+    Args:
+        tokens: clean latent tokens, or noised ones of flow time `t`.
+        t: None for a clean condition image (embedded as time 0).
+        current: clean tokens of the frame that a residual target is the difference to.
+    """
+    adapters = params["adapters"]
+    time = jnp.zeros(tokens.shape[:1]) if t is None else t
+    x = navit.linear(adapters["vae2llm"], tokens) + embed_time(params, time)[:, None]
+    ids = navit.grid_ids(rows, columns, config.max_latent_side)
+    x = x + params["position_tables"]["latent"][ids]
+    if current is not None:
+        x = x + navit.linear(adapters["current2llm"], current)
+    x = x.astype(config.mot.dtype)
+    attention = "full" if t is None else "noise"
+    return Segment(_markers(params, config, tokenizer, x.shape[0]), x, None, attention)
+
+
+def read_latents(params: Params, hidden: Float[Array, "B n D"]) -> Float[Array, "B n v"]:
+    """The prediction for latent tokens, float32, from generation tokens after the final norm."""
+    return navit.linear(params["adapters"]["llm2vae"], hidden.astype(jnp.float32))
+
+
+def extend(
+    params: Params, config: UMMConfig, segments: Sequence[Segment], cache: Cache
+) -> tuple[Cache, Array, Array]:
+    """`qwen2_mot.extend`, segment by segment appended to the prefix `cache` in one pass."""
+    return qwen2_mot.extend(params["mot"], config.mot, segments, cache)
+
+
+def forward(
+    params: Params, config: UMMConfig, segments: Sequence[Segment], cache: Cache | None = None
+) -> tuple[Array, Array]:
+    """`qwen2_mot.forward`, by default without a prefix."""
+    if cache is None:
+        cache = qwen2_mot.empty_cache(config.mot, segments[0].und.shape[0])
+    return qwen2_mot.forward(params["mot"], config.mot, segments, cache)

@@ -1,0 +1,130 @@
+"""Sizes and choices of UMM-World, and its named variants."""
+
+import dataclasses
+
+from mbpo_jax.models.navit import NaViTConfig
+from mbpo_jax.models.qwen2_mot import MoTConfig
+from mbpo_jax.models.vae import VAEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceConfig:
+    """Classifier-free guidance of an image's velocity by text and by images (BAGEL).
+
+    text_scale: 1 switches guidance off altogether, whatever image_scale is.
+    image_scale: 1 leaves the image branch out.
+    interval: guidance acts where interval[0] < t <= interval[1].
+    renorm: "global", "channel" (of the guided velocity, per token) or "text_channel" (of the
+        text-guided velocity, per token, before image guidance).
+    renorm_min: lower limit of the rescaling factor; 1 switches renormalisation off.
+    """
+
+    text_scale: float = 1.0
+    image_scale: float = 1.0
+    interval: tuple[float, float] = (0.4, 1.0)
+    renorm: str = "text_channel"
+    renorm_min: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class UMMConfig:
+    """A unified multimodal world model (BAGEL's structure at any size)."""
+
+    mot: MoTConfig
+    vit: NaViTConfig
+    vae: VAEConfig
+    vae_image_size: int  # pixels per side of a picture entering the VAE
+    vit_image_size: int  # pixels per side of a picture entering the ViT
+    latent_patch: int  # latents per side of one token
+    max_latent_side: int  # side of the grid that the latent position table indexes
+    # "velocity": rectified flow on latents. "residual": the network predicts the clean difference
+    # to the current frame's latents (x-prediction), and decoding adds the decoded difference to the
+    # current pixels, which cancels the VAE's reconstruction error.
+    prediction: str = "velocity"
+    actions_as: str = "text"  # "text" (`Step i: [...]`) or "embedding" (one token per step)
+    targets_per_example: int = 1  # noised targets (independent times) behind one training context
+    train_timestep_shift: float = 4.0
+    sample_timestep_shift: float = 4.0
+    num_timesteps: int = 50  # sampling times including the final 0: one evaluation fewer
+    guidance: GuidanceConfig = GuidanceConfig()
+    question: str = "Is the task done?"  # asked after the image and the instruction
+    freeze_vit: bool = True
+    kl_weight: float = 1e-6  # of the VAE's training loss
+
+    @property
+    def latent_side(self) -> int:
+        """Latent tokens per side of a picture."""
+        return self.vae_image_size // (self.vae.downsample * self.latent_patch)
+
+    @property
+    def token_size(self) -> int:
+        """Values in one latent token."""
+        return self.latent_patch**2 * self.vae.z_channels
+
+
+def micro() -> UMMConfig:
+    """About 1.5 M parameters; trains from scratch on two CPU cores in minutes."""
+    return UMMConfig(
+        mot=MoTConfig(800, 128, 3, 4, 2, 256, rope_theta=1e4),
+        vit=NaViTConfig(96, 2, 4, 192, patch_size=16, max_patches_per_side=4),
+        vae=VAEConfig(32, (1, 2), 1, 16, norm_groups=8, patch_size=4),
+        vae_image_size=64,
+        vit_image_size=64,
+        latent_patch=2,
+        max_latent_side=4,
+        prediction="residual",
+        actions_as="embedding",
+        targets_per_example=2,
+        train_timestep_shift=1.0,
+        sample_timestep_shift=1.0,
+        num_timesteps=5,
+        freeze_vit=False,
+    )
+
+
+def small() -> UMMConfig:
+    """About 60 M parameters; trains from scratch on one GPU."""
+    return UMMConfig(
+        mot=MoTConfig(800, 384, 8, 6, 2, 1536, dtype="bfloat16"),
+        vit=NaViTConfig(256, 6, 4, 1024, patch_size=8, max_patches_per_side=16),
+        vae=VAEConfig(64, (1, 2, 2), 2, 16, patch_size=2),
+        vae_image_size=128,
+        vit_image_size=128,
+        latent_patch=2,
+        max_latent_side=8,
+        prediction="residual",
+        actions_as="embedding",
+        targets_per_example=2,
+        train_timestep_shift=1.0,
+        sample_timestep_shift=1.0,
+        num_timesteps=11,
+        freeze_vit=False,
+    )
+
+
+def bagel() -> UMMConfig:
+    """BAGEL-7B-MoT (14 B parameters, 7 B active), with the paper's sampler settings."""
+    return UMMConfig(
+        mot=MoTConfig(152064, 3584, 28, 28, 4, 18944, dtype="bfloat16", remat=True),
+        vit=NaViTConfig(1152, 26, 16, 4304, 14, 70, dtype="bfloat16"),
+        vae=VAEConfig(128, (1, 2, 4, 4), 2, 16, 0.3611, 0.1159),
+        vae_image_size=256,
+        vit_image_size=224,
+        latent_patch=2,
+        max_latent_side=64,
+        guidance=GuidanceConfig(text_scale=6.0, image_scale=2.0),
+    )
+
+
+VARIANTS = {"micro": micro, "small": small, "bagel": bagel}
+
+
+def variant(name: str) -> UMMConfig:
+    """The configuration called `name`.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"No world model called {name!r}; there are {', '.join(VARIANTS)}.")
+    return VARIANTS[name]()

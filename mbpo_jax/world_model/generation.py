@@ -1,0 +1,143 @@
+"""Generating an image behind a cached prefix: contexts from an interleaved list of texts and
+images, sampling times, Euler integration of the (guided) flow."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mbpo_jax.models.qwen2_mot import Cache, Segment, empty_cache
+from mbpo_jax.world_model import bagel, guidance
+from mbpo_jax.world_model.bagel import Params, Tokenizer
+from mbpo_jax.world_model.config import UMMConfig
+from mbpo_jax.world_model.guidance import Contexts
+
+
+def sampling_times(num_timesteps: int, shift: float) -> np.ndarray:
+    """Decreasing float32 times from 1 to 0; the last is not evaluated."""
+    t = np.linspace(1.0, 0.0, num_timesteps)
+    return (shift * t / (1 + (shift - 1) * t)).astype(np.float32)
+
+
+def training_times(normal: Array, shift: float) -> Array:
+    """Flow times of standard normal draws: u = sigmoid(draw), t = shift u / (1 + (shift - 1) u)."""
+    u = jax.nn.sigmoid(normal)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def build_contexts(
+    params: Params,
+    config: UMMConfig,
+    segments: Sequence[Segment],
+    start: Contexts | None = None,
+) -> Contexts:
+    """Cache texts ("causal" segments) and condition images ("full" segments), in order.
+
+    Args:
+        start: contexts of what came before `segments`; None for nothing.
+
+    Returns:
+        The full context; the other two if `config.guidance` needs them. In a list that ends with
+        an image nothing is dropped from `text_free`.
+    """
+    if start is None:
+        batch = segments[0].und.shape[0]
+        empty = empty_cache(config.mot, batch)
+        start = Contexts(empty, empty, empty)
+    if config.guidance.text_scale <= 1:
+        return Contexts(bagel.extend(params, config, segments, start.full)[0])
+    text_last = segments[-1].attention == "causal"
+    head = segments[:-1] if text_last else segments
+    text_free = bagel.extend(params, config, head, start.full)[0] if head else start.full
+    full = bagel.extend(params, config, segments[-1:], text_free)[0] if text_last else text_free
+    if config.guidance.image_scale <= 1:
+        return Contexts(full, text_free)
+    texts = [s for s in segments if s.attention == "causal"]
+    image_free = start.image_free
+    if texts:
+        image_free = bagel.extend(params, config, texts, image_free)[0]
+    return Contexts(full, text_free, image_free)
+
+
+def predict(
+    params: Params,
+    config: UMMConfig,
+    tokenizer: Tokenizer,
+    context: Cache,
+    x: Float[Array, "B n v"],
+    t: Float[Array, "B"],
+    rows: int,
+    columns: int,
+    current: Float[Array, "B n v"] | None = None,
+) -> Float[Array, "B n v"]:
+    """The velocity (noise - clean) of noised tokens x at flow time t under one context."""
+    segment = bagel.latent_segment(params, config, tokenizer, x, rows, columns, t, current)
+    output = bagel.read_latents(params, bagel.forward(params, config, [segment], context)[1])
+    if config.prediction == "residual":
+        return (x - output) / t[:, None, None]
+    return output
+
+
+def guided_velocity(
+    params: Params,
+    config: UMMConfig,
+    tokenizer: Tokenizer,
+    contexts: Contexts,
+    x: Float[Array, "B n v"],
+    t: Array,
+    rows: int,
+    columns: int,
+    current: Array | None = None,
+) -> Float[Array, "B n v"]:
+    """`predict` under all contexts present, in one batch, combined by `guidance.combine`.
+
+    t is a scalar; guidance is applied whatever it is.
+    """
+    branches = [contexts.full, contexts.text_free, contexts.image_free]
+    branches = [c for c in branches if c is not None]
+
+    def tile(y):
+        return None if y is None else jnp.concatenate([y] * len(branches), axis=0)
+
+    stacked = branches[0] if len(branches) == 1 else guidance.batched(branches)
+    times = jnp.full((len(branches) * x.shape[0],), t)
+    v = predict(params, config, tokenizer, stacked, tile(x), times, rows, columns, tile(current))
+    parts = jnp.split(v, len(branches), axis=0)
+    if len(branches) == 1:
+        return v
+    return guidance.combine(config.guidance, parts[0], parts[1], *(parts[2:] or [None]))
+
+
+def generate(
+    params: Params,
+    config: UMMConfig,
+    tokenizer: Tokenizer,
+    contexts: Contexts,
+    noise: Float[Array, "B n v"],
+    rows: int,
+    columns: int,
+    current: Float[Array, "B n v"] | None = None,
+) -> Float[Array, "B n v"]:
+    """Tokens at t = 0 by Euler steps x <- x - v (t_i - t_{i+1}) from `noise` at t = 1.
+
+    The time steps are static, so steps outside the guidance interval evaluate the full context
+    alone.
+    """
+    times = sampling_times(config.num_timesteps, config.sample_timestep_shift)
+    active = [guidance.is_active(config.guidance, t) for t in times[:-1]]
+    steps = list(zip(times[:-1], times[:-1] - times[1:], active))
+    x = noise
+    for guide, run in itertools.groupby(steps, key=lambda step: step[2]):
+        used = contexts if guide else Contexts(contexts.full)
+
+        def euler(x, step, used=used):
+            t, size = step
+            v = guided_velocity(params, config, tokenizer, used, x, t, rows, columns, current)
+            return x - v * size, None
+
+        run = [(t, size) for t, size, _ in run]
+        x, _ = jax.lax.scan(euler, x, tuple(jnp.asarray(column) for column in zip(*run)))
+    return x

@@ -1,0 +1,133 @@
+"""How well a world model imagines: image metrics, answer metrics, and error against horizon, beside
+the baseline that copies the last frame."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mbpo_jax.types import Observation, Params, Transition, WorldModel
+
+
+def psnr(a: Array, b: Array) -> Float[Array, "*B"]:
+    """Peak signal-to-noise ratio in dB of images [*B, H, W, 3] in 0..255.
+
+    Capped at 100 dB, which identical images get.
+    """
+    difference = jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32)
+    mse = jnp.mean(jnp.square(difference / 255.0), axis=(-3, -2, -1))
+    return -10.0 * jnp.log10(jnp.maximum(mse, 1e-10))
+
+
+def ssim(a: Array, b: Array) -> Float[Array, "*B"]:
+    """Structural similarity of images [*B, H, W, 3] in 0..255, H and W at least 11.
+
+    Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, averaged over
+    the pixels where the window fits and over channels.
+    """
+    window = jnp.exp(-0.5 * jnp.square(jnp.arange(-5.0, 6.0) / 1.5))
+    window = window / window.sum()
+
+    def blur(x):
+        for axis in (-3, -2):
+            size = x.shape[axis] - 10
+            shifted = (jax.lax.slice_in_dim(x, i, i + size, axis=axis % x.ndim) for i in range(11))
+            x = sum(w * s for w, s in zip(window, shifted))
+        return x
+
+    a, b = (jnp.asarray(x, jnp.float32) / 255.0 for x in (a, b))
+    mean_a, mean_b = blur(a), blur(b)
+    variance_a = blur(a * a) - mean_a**2
+    variance_b = blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return jnp.mean(luminance * structure, axis=(-3, -2, -1))
+
+
+def classification(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Accuracy, precision, recall and F1 of "Yes" at probability > 0.5; 0 where undefined."""
+    yes, truth = np.asarray(probability) > 0.5, np.asarray(label) > 0.5
+    hits = float(np.sum(yes & truth))
+    claimed, actual = float(np.sum(yes)), float(np.sum(truth))
+    return {
+        "accuracy": float(np.mean(yes == truth)),
+        "precision": hits / claimed if claimed else 0.0,
+        "recall": hits / actual if actual else 0.0,
+        "f1": 2 * hits / (claimed + actual) if claimed + actual else 0.0,
+    }
+
+
+def fidelity(
+    world: WorldModel,
+    params: Params,
+    transitions: Transition,
+    key: Array,
+    batch_size: int = 64,
+) -> dict[str, dict[str, float]]:
+    """Mean PSNR and SSIM of one imagined chunk per view, and of copying the current frame.
+
+    Args:
+        transitions: with one leading axis; the last batch may be smaller.
+
+    Returns:
+        camera -> {"psnr", "ssim", "copy_psnr", "copy_ssim"}.
+    """
+    step, compare = jax.jit(world.step), jax.jit(_compare)
+    count = len(transitions.actions)
+    # One shape, hence one compilation: the last batch is filled up with earlier transitions.
+    batch_size = min(batch_size, count)
+    scores: dict[str, dict[str, list]] = {}
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, start + batch_size) % count
+        batch = jax.tree.map(lambda x, rows=rows: x[rows], transitions)
+        seen = step(params, batch.observation, batch.actions, jax.random.fold_in(key, start)).images
+        keep = min(batch_size, count - start)
+        for camera, truth in batch.next_images.items():
+            rows = compare(seen[camera], batch.observation.images[camera], truth)
+            for name, values in rows.items():
+                scores.setdefault(camera, {}).setdefault(name, []).append(values[:keep])
+    return {
+        camera: {name: float(np.concatenate(values).mean()) for name, values in rows.items()}
+        for camera, rows in scores.items()
+    }
+
+
+def _compare(imagined, current, truth):
+    return {
+        "psnr": psnr(imagined, truth),
+        "ssim": ssim(imagined, truth),
+        "copy_psnr": psnr(current, truth),
+        "copy_ssim": ssim(current, truth),
+    }
+
+
+def horizon_curve(
+    world: WorldModel,
+    params: Params,
+    observation: Observation,
+    actions: Float[Array, "n B k A"],
+    images: Mapping[str, Any],
+    key: Array,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Mean PSNR after 1..n chunks imagined open loop from `observation` [B].
+
+    Args:
+        images: camera -> uint8 [n, B, H, W, 3], what was seen after each chunk.
+
+    Returns:
+        camera -> {"psnr": [n], "copy_psnr": [n]}, the latter of the starting frame.
+    """
+    step = jax.jit(world.step)
+    start, curves = observation.images, {c: {"psnr": [], "copy_psnr": []} for c in images}
+    for i, chunk in enumerate(actions):
+        observation = step(params, observation, chunk, jax.random.fold_in(key, i))
+        for camera, truth in images.items():
+            imagined = psnr(observation.images[camera], truth[i])
+            curves[camera]["psnr"].append(float(imagined.mean()))
+            curves[camera]["copy_psnr"].append(float(psnr(start[camera], truth[i]).mean()))
+    return {c: {name: np.asarray(v) for name, v in rows.items()} for c, rows in curves.items()}

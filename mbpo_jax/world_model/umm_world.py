@@ -1,0 +1,441 @@
+"""UMM-World: frame-skip dynamics with interleaved view decoding, and reward decoding, in one
+unified multimodal model (VLA-MBPO, arXiv 2603.20607, section 4).
+
+The first view at t+k is generated from all current views and the actions; every later view from its
+own current frame and the views already generated for t+k, without the actions.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, UInt8
+
+from mbpo_jax.models import navit, qwen2_mot, vae
+from mbpo_jax.types import Observation, Params, Prompt, RewardExample, Transition
+from mbpo_jax.world_model import bagel, generation
+from mbpo_jax.world_model.actions import ActionText
+from mbpo_jax.world_model.bagel import Tokenizer
+from mbpo_jax.world_model.config import UMMConfig
+
+
+@struct.dataclass
+class Frame:
+    """One view at one time, ready to condition on.
+
+    pixels: [B, H, W, 3] in [-1, 1]; tokens: clean latent tokens [B, n, v]; features: ViT features
+    [B, m, F], None where the frame is only a target.
+    """
+
+    pixels: Array
+    tokens: Array
+    features: Array | None
+
+
+class UMMWorld:
+    """Implements `WorldModel`; every method is a pure function of its arguments.
+
+    Args:
+        cameras: views in decoding order, head view first.
+        image_size: pixels per side of the observations' (square) images.
+        action_dim, chunk: shape [chunk, action_dim] of the actions of one prediction.
+
+    Raises:
+        ValueError: the configuration, the tokenizer and the image sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: UMMConfig,
+        cameras: Sequence[str],
+        image_size: int,
+        action_dim: int,
+        chunk: int,
+        tokenizer: Tokenizer,
+    ):
+        _check_config(config, tokenizer)
+        self.config, self.cameras, self.tokenizer = config, tuple(cameras), tokenizer
+        self.image_size, self.action_dim, self.chunk = image_size, action_dim, chunk
+        self.yes_id, self.no_id = (_answer_id(tokenizer, word) for word in ("Yes", "No"))
+        self.question = [tokenizer.bos_id, *tokenizer.encode(config.question), tokenizer.eos_id]
+        if config.actions_as == "text":
+            self.action_text = ActionText(tokenizer, chunk, action_dim)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Top-level keys of the parameters that dynamics and reward training leave alone."""
+        keys = ("vae", "position_tables", "statistics")
+        return (*keys, "vit") if self.config.freeze_vit else keys
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters {"mot", "vit", "adapters", "position_tables", "vae", "statistics"}."""
+        model_key, vae_key = jax.random.split(key)
+        z = self.config.vae.z_channels
+        params = bagel.init(self.config, self.action_dim, model_key)
+        params["vae"] = vae.init(self.config.vae, vae_key)
+        params["statistics"] = {
+            "latent_mean": jnp.zeros(z),
+            "latent_std": jnp.ones(z),
+            "residual_scale": {camera: jnp.ones(()) for camera in self.cameras},
+        }
+        return params
+
+    # Imagination
+
+    def step(
+        self, params: Params, observation: Observation, actions: Array, key: Array
+    ) -> Observation:
+        """The observation k environment steps later: every view, proprioception held fixed.
+
+        Args:
+            actions: float32 [*B, k, A] in [-1, 1] (clipped where they are written as text).
+
+        Raises:
+            ValueError: a view is missing, or an image or the chunk has another shape.
+        """
+        self._check(observation, actions)
+        batch, (observation, actions) = _flatten(observation, actions)
+        frames = self._encode(params, observation.images, self.cameras, key)
+        prompt = generation.build_contexts(params, self.config, [self._prompt(params, observation)])
+        action = self._action(params, actions)
+
+        done: dict[str, Frame] = {}
+        for i, camera in enumerate(self.cameras):
+            conditions = self._conditions(params, camera, frames, done, action)
+            contexts = generation.build_contexts(params, self.config, conditions, prompt)
+            target = frames[camera].tokens
+            noise = jax.random.normal(jax.random.fold_in(key, i), target.shape)
+            side = self.config.latent_side
+            tokens = generation.generate(
+                params,
+                self.config,
+                self.tokenizer,
+                contexts,
+                noise,
+                side,
+                side,
+                current=target if self.config.prediction == "residual" else None,
+            )
+            done[camera] = self._finish(params, camera, frames[camera], tokens)
+        images = {c: _restore(to_uint8(done[c].pixels), batch) for c in self.cameras}
+        observation = jax.tree.map(lambda x: _restore(x, batch), observation)
+        return observation.replace(images=images)
+
+    def reward(self, params: Params, observation: Observation) -> Float[Array, "*B"]:
+        """P(Yes) [*B] that the task is done, from the first view, in one forward pass."""
+        self._check(observation)
+        batch, (observation,) = _flatten(observation)
+        logits = self._answer_logits(params, observation)
+        pair = logits[:, jnp.asarray([self.yes_id, self.no_id])]
+        return _restore(jax.nn.softmax(pair, axis=-1)[:, 0], batch)
+
+    # Losses
+
+    def dynamics_loss(
+        self, params: Params, transition: Transition, key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Flow-matching loss of every view's stage, conditioned on true frames, averaged.
+
+        The error is that of the velocity, or of the residual itself in residual mode.
+
+        Returns:
+            The loss and {"dynamics/<camera>": its part}.
+
+        Raises:
+            ValueError: a view is missing, or an image or the chunk has another shape.
+        """
+        self._check(transition.observation, transition.actions)
+        self._check(transition.observation.replace(images=transition.next_images))
+        _, (transition,) = _flatten(transition)
+        observation = transition.observation
+        keys = jax.random.split(key, 2 + len(self.cameras))
+        frames = self._encode(params, observation.images, self.cameras, keys[0])
+        following = self._encode(params, transition.next_images, self.cameras[:-1], keys[1])
+        prompt, action = self._prompt(params, observation), self._action(params, transition.actions)
+
+        metrics, done = {}, {}
+        for camera, camera_key in zip(self.cameras, keys[2:]):
+            conditions = self._conditions(params, camera, frames, done, action)
+            current, target = frames[camera], following[camera]
+            loss = self._stage_loss(
+                params, camera, [prompt, *conditions], current, target, camera_key
+            )
+            metrics[f"dynamics/{camera}"] = loss
+            done[camera] = target
+        return sum(metrics.values()) / len(self.cameras), metrics
+
+    def _stage_loss(self, params, camera, context, current, target, key):
+        config, count = self.config, self.config.targets_per_example
+        clean, residual = target.tokens, None
+        if config.prediction == "residual":
+            residual = current.tokens
+            clean = (clean - residual) / params["statistics"]["residual_scale"][camera]
+        clean = jax.lax.stop_gradient(clean)
+
+        time_key, noise_key = jax.random.split(key)
+        draws = jax.random.normal(time_key, (count, clean.shape[0]))
+        times = generation.training_times(draws, config.train_timestep_shift)
+        noise = jax.random.normal(noise_key, (count, *clean.shape))
+        t = times[..., None, None]
+        noised = (1 - t) * clean + t * noise
+        segments = [self._latent_segment(params, x, t, residual) for x, t in zip(noised, times)]
+        _, hidden = bagel.forward(params, config, [*context, *segments])
+        hidden = hidden[:, -count * clean.shape[1] :]
+        output = bagel.read_latents(params, hidden)
+        output = jnp.moveaxis(output.reshape(clean.shape[0], count, *clean.shape[1:]), 1, 0)
+        goal = clean if config.prediction == "residual" else noise - clean
+        return jnp.mean(jnp.square(output - goal))
+
+    def reward_loss(self, params: Params, example: RewardExample) -> tuple[Array, dict[str, Array]]:
+        """Cross-entropy of the answer token "Yes" or "No", over the whole vocabulary.
+
+        Returns:
+            The loss and {"reward/ce", "reward/accuracy"}.
+        """
+        self._check(example.observation)
+        _, (example,) = _flatten(example)
+        logits = self._answer_logits(params, example.observation)
+        is_yes = example.label > 0.5
+        answer = jnp.where(is_yes, self.yes_id, self.no_id)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, answer).mean()
+        correct = (logits[:, self.yes_id] > logits[:, self.no_id]) == is_yes
+        return loss, {"reward/ce": loss, "reward/accuracy": correct.mean()}
+
+    # The autoencoder
+
+    def vae_loss(
+        self, vae_params: Params, images: UInt8[Array, "B H W 3"], key: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Reconstruction (absolute + squared error) and a small KL to the standard normal.
+
+        Returns:
+            The loss and {"vae/l1", "vae/psnr", "vae/kl"}.
+        """
+        config = self.config.vae
+        pixels = self._pixels(images)
+        mean, log_variance = vae.moments(vae_params, config, pixels)
+        noise = jax.random.normal(key, mean.shape)
+        raw = mean + jnp.exp(0.5 * log_variance) * noise
+        error = vae.decode(vae_params, config, vae.scale_latents(config, raw)) - pixels
+        l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+        psnr = -10.0 * jnp.log10(l2 / 4.0)
+        loss = l1 + l2 + self.config.kl_weight * kl
+        return loss, {"vae/l1": l1, "vae/psnr": psnr, "vae/kl": kl}
+
+    def encode_images(
+        self, params: Params, images: UInt8[Array, "B H W 3"]
+    ) -> Float[Array, "B h w z"]:
+        """Posterior means in the units the model works in (see `set_latent_statistics`)."""
+        return self._latents(params, self._pixels(images), None)
+
+    def decode_latents(
+        self, params: Params, latents: Float[Array, "B h w z"]
+    ) -> Float[Array, "B H W 3"]:
+        """Images in about [-1, 1] of latents as `encode_images` gives them, not clipped."""
+        stats = params["statistics"]
+        latents = latents * stats["latent_std"] + stats["latent_mean"]
+        images = vae.decode(params["vae"], self.config.vae, latents)
+        return _resize(images, self.image_size)
+
+    def set_latent_statistics(
+        self,
+        params: Params,
+        images: Mapping[str, UInt8[Array, "N H W 3"]],
+        next_images: Mapping[str, UInt8[Array, "N H W 3"]],
+    ) -> Params:
+        """Parameters with the latents' mean and standard deviation per channel and each view's
+        root mean square of residuals, measured on frames and those k steps later.
+
+        Needed once after training a VAE from scratch; released models keep 0, 1 and 1.
+        """
+        neutral = {
+            "latent_mean": jnp.zeros(self.config.vae.z_channels),
+            "latent_std": jnp.ones(self.config.vae.z_channels),
+            "residual_scale": params["statistics"]["residual_scale"],
+        }
+        encode = jax.jit(self.encode_images)
+        bare = {**params, "statistics": neutral}
+        now = {c: encode(bare, images[c]) for c in self.cameras}
+        later = {c: encode(bare, next_images[c]) for c in self.cameras}
+        pooled = jnp.concatenate(list(now.values()))
+        mean, std = pooled.mean((0, 1, 2)), pooled.std((0, 1, 2)) + 1e-6
+        scale = {
+            c: jnp.sqrt(jnp.mean(jnp.square((later[c] - now[c]) / std))) + 1e-6
+            for c in self.cameras
+        }
+        statistics = {"latent_mean": mean, "latent_std": std, "residual_scale": scale}
+        return {**params, "statistics": statistics}
+
+    # Sequences
+
+    def _conditions(self, params, camera, frames, done, action):
+        """Segments that `camera` at t+k is conditioned on, after the prompt."""
+        if camera == self.cameras[0]:
+            seen, texts = frames.values(), [action]
+        else:
+            seen, texts = [frames[camera], *done.values()], []
+        return [s for frame in seen for s in self._condition(params, frame)] + texts
+
+    def _condition(self, params, frame):
+        side = self.config.vit_image_size // self.config.vit.patch_size
+        picture = bagel.vit_segment(params, self.config, self.tokenizer, frame.features, side, side)
+        return [self._latent_segment(params, frame.tokens), picture]
+
+    def _latent_segment(self, params, tokens, t=None, current=None):
+        side = self.config.latent_side
+        return bagel.latent_segment(
+            params, self.config, self.tokenizer, tokens, side, side, t, current
+        )
+
+    def _prompt(self, params, observation):
+        prompt: Prompt = observation.world_prompt
+        return bagel.text_segment(params, self.config, prompt.tokens, prompt.mask)
+
+    def _action(self, params, actions):
+        if self.config.actions_as == "text":
+            return bagel.text_segment(params, self.config, *self.action_text(actions))
+        return bagel.action_segment(params, self.config, self.tokenizer, actions)
+
+    def _answer_logits(self, params, observation):
+        features = self._features(params, self._pixels(observation.images[self.cameras[0]]))
+        batch = features.shape[0]
+        side = self.config.vit_image_size // self.config.vit.patch_size
+        # The answer follows the bos that starts it.
+        ids = jnp.asarray([*self.question, self.tokenizer.bos_id])
+        segments = [
+            bagel.vit_segment(params, self.config, self.tokenizer, features, side, side),
+            self._prompt(params, observation),
+            bagel.text_segment(params, self.config, jnp.broadcast_to(ids, (batch, len(ids)))),
+        ]
+        hidden, _ = bagel.forward(params, self.config, segments)
+        return qwen2_mot.logits(params["mot"], hidden[:, -1])
+
+    # Frames
+
+    def _encode(self, params, images, with_features, key):
+        """Frames of all views, encoded in one batch; ViT features for the cameras named."""
+        pixels = {c: self._pixels(images[c]) for c in self.cameras}
+        batch = len(pixels[self.cameras[0]])
+        latents = self._latents(params, jnp.concatenate([*pixels.values()]), key)
+        tokens = bagel.tokens_from_latents(jax.lax.stop_gradient(latents), self.config.latent_patch)
+        features = []
+        if with_features:
+            features = self._features(params, jnp.concatenate([pixels[c] for c in with_features]))
+            features = jnp.split(features, len(with_features))
+        features = dict(zip(with_features, features))
+        return {
+            c: Frame(pixels[c], tokens[i * batch : (i + 1) * batch], features.get(c))
+            for i, c in enumerate(self.cameras)
+        }
+
+    def _finish(self, params, camera, current, tokens):
+        """The generated frame of a view, from the sampler's final tokens."""
+        config, side = self.config, self.config.latent_side
+        if config.prediction == "residual":
+            tokens = current.tokens + params["statistics"]["residual_scale"][camera] * tokens
+            both = jnp.concatenate([tokens, current.tokens])
+        else:
+            both = tokens
+        latents = bagel.latents_from_tokens(both, side, side, config.latent_patch)
+        pixels = self.decode_latents(params, latents)
+        if config.prediction == "residual":
+            new, old = jnp.split(pixels, 2)
+            pixels = current.pixels + new - old
+        pixels = jnp.clip(pixels, -1.0, 1.0)
+        last = camera == self.cameras[-1]
+        return Frame(pixels, tokens, None if last else self._features(params, pixels))
+
+    def _pixels(self, images):
+        return images.astype(jnp.float32) / 127.5 - 1.0
+
+    def _latents(self, params, pixels, key):
+        """Normalised latents; a posterior sample where the model is BAGEL's, else the mean."""
+        config, stats = self.config, params["statistics"]
+        mean, log_variance = vae.moments(
+            params["vae"], config.vae, _resize(pixels, config.vae_image_size)
+        )
+        if config.prediction == "velocity" and key is not None:
+            mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        return (vae.scale_latents(config.vae, mean) - stats["latent_mean"]) / stats["latent_std"]
+
+    def _features(self, params, pixels):
+        config = self.config
+        features = navit.forward(params["vit"], config.vit, _resize(pixels, config.vit_image_size))
+        return jax.lax.stop_gradient(features) if config.freeze_vit else features
+
+    def _check(self, observation, actions=None):
+        missing = [c for c in self.cameras if c not in observation.images]
+        unknown = [c for c in observation.images if c not in self.cameras]
+        if missing or unknown:
+            raise ValueError(
+                f"The world model's views are {list(self.cameras)}; the observation lacks "
+                f"{missing} and has the unknown {unknown}."
+            )
+        size = (self.image_size, self.image_size, 3)
+        for camera, image in observation.images.items():
+            if image.shape[-3:] != size:
+                raise ValueError(f"Image {camera!r} is {image.shape[-3:]}, expected {size}.")
+        chunk = (self.chunk, self.action_dim)
+        if actions is not None and actions.shape[-2:] != chunk:
+            raise ValueError(f"The action chunk is {actions.shape[-2:]}, expected {chunk}.")
+
+
+def to_uint8(pixels: Float[Array, "*B"]) -> UInt8[Array, "*B"]:
+    """Pixels in [-1, 1] as rounded bytes, clipped."""
+    return jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
+def _resize(images, size):
+    if images.shape[1:3] == (size, size):
+        return images
+    return jax.image.resize(images, (images.shape[0], size, size, 3), "cubic")
+
+
+def _flatten(first, *rest):
+    """Trees with the same batch axes as the first one's, on one axis; and those axes' shape."""
+    observation = first if isinstance(first, Observation) else first.observation
+    batch = jnp.shape(next(iter(observation.images.values())))[:-3]
+    size = math.prod(batch)
+
+    def flat(x):
+        return jnp.reshape(x, (size, *jnp.shape(x)[len(batch) :]))
+
+    return batch, jax.tree.map(flat, (first, *rest))
+
+
+def _restore(x, batch):
+    return x.reshape(*batch, *x.shape[1:])
+
+
+def _answer_id(tokenizer, word):
+    ids = tokenizer.encode(word)
+    if len(ids) != 1:
+        raise ValueError(f"The tokenizer writes the answer {word!r} as {len(ids)} tokens, not 1.")
+    return ids[0]
+
+
+def _check_config(config, tokenizer):
+    if tokenizer.vocab_size > config.mot.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+            f"{config.mot.vocab_size}: raise the latter."
+        )
+    choices = {"prediction": ("velocity", "residual"), "actions_as": ("text", "embedding")}
+    for field, values in choices.items():
+        if getattr(config, field) not in values:
+            raise ValueError(f"{field} is {getattr(config, field)!r}, expected one of {values}.")
+    stride = config.vae.downsample * config.latent_patch
+    if config.vae_image_size % stride or config.latent_side > config.max_latent_side:
+        raise ValueError(
+            f"vae_image_size {config.vae_image_size} must be a multiple of {stride} and at most "
+            f"{stride * config.max_latent_side}."
+        )
+    if config.vit_image_size % config.vit.patch_size:
+        raise ValueError(
+            f"vit_image_size {config.vit_image_size} must be a multiple of the ViT's patch size "
+            f"{config.vit.patch_size}."
+        )
