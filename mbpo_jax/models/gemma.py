@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mbpo_jax.models.layers import lecun_normal, linear
+from mbpo_jax.models.layers import lecun_normal, linear, matmul
 
 RMS_EPSILON = 1e-6
 ROPE_WAVELENGTH = 10_000.0
@@ -44,7 +44,7 @@ class GemmaConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys (after RoPE) and values of a prefix, [L, B, S, G, H] with L the layers; `mask` bool
+    """Keys (after RoPE) and values of a prefix, [L, B, G, S, H] with L the layers; `mask` bool
     [B, S] says which tokens are real."""
 
     keys: jax.Array
@@ -112,15 +112,16 @@ def encode_prefix(
         Hidden states after the final norm [B, S, D] (finite garbage where `mask` is False), and the
         cache for `denoise`.
     """
-    positions = jnp.cumsum(mask, axis=-1) - 1
-    attend = (mask[:, :, None] & mask[:, None, :])[:, None]
+    layers = _member(params["layers"], "")
+    rope = _rotation(jnp.cumsum(mask, axis=-1) - 1, _head_dim(layers))
+    attend = mask[:, :, None] & mask[:, None, :]
 
     def block(x: jax.Array, weights: dict) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return _block(weights, x, positions[:, None], attend)
+        return _block(weights, x, rope, attend)
 
-    x, (keys, values) = _scan(block, tokens[:, None], _member(params["layers"], ""), remat)
-    features, _ = _norm(params["final_norm"], x[:, 0], None)
-    return features, KVCache(keys[:, :, 0], values[:, :, 0], mask)
+    x, (keys, values) = _scan(block, tokens, layers, remat)
+    features, _ = _norm(params["final_norm"], x, None)
+    return features, KVCache(keys, values, mask)
 
 
 def denoise(
@@ -141,23 +142,34 @@ def denoise(
     Returns:
         Hidden states after the final norm, [B, M, T, D].
     """
-    batch, _, length, _ = tokens.shape
-    offset = cache.mask.sum(-1, dtype=jnp.int32)[:, None, None]
-    positions = jnp.broadcast_to(offset + jnp.arange(length), (batch, 1, length))
+    batch, sets, length, width = tokens.shape
+    members = _member(params["layers"], "_1")
+    positions = cache.mask.sum(-1, dtype=jnp.int32)[:, None] + jnp.arange(length)
+    rope = _rotation(jnp.tile(positions, (1, sets)), _head_dim(members))
+    # All sets are one sequence with a block-diagonal mask: each layer is a few large products.
+    same_set = jnp.repeat(jnp.repeat(jnp.eye(sets, dtype=bool), length, 0), length, 1)
+    within = same_set & jnp.tile(attend, (sets, sets))
+    attend = jnp.concatenate(
+        [
+            jnp.broadcast_to(cache.mask[:, None], (batch, sets * length, cache.mask.shape[1])),
+            jnp.broadcast_to(within, (batch, *within.shape)),
+        ],
+        axis=-1,
+    )
 
     def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-        weights, keys, values = layer
-        x, _ = _block(weights, x, positions, attend, condition, (keys, values, cache.mask))
+        weights, *context = layer
+        x, _ = _block(weights, x, rope, attend, condition, context)
         return x, None
 
-    layers = (_member(params["layers"], "_1"), cache.keys, cache.values)
-    x, _ = _scan(block, tokens, layers, remat)
+    x = tokens.reshape(batch, sets * length, width)
+    x, _ = _scan(block, x, (members, cache.keys, cache.values), remat)
     features, _ = _norm(params["final_norm_1"], x, condition)
-    return features
+    return features.reshape(tokens.shape)
 
 
 def _scan(block, x: jax.Array, layers, remat: bool):
-    return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers)
+    return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=3)
 
 
 def _member(layers: dict, suffix: str) -> dict:
@@ -171,88 +183,81 @@ def _member(layers: dict, suffix: str) -> dict:
     return {"attn": attention} | {name: layers[f"{name}{suffix}"] for name in blocks}
 
 
-def _block(weights, x, positions, attend, condition=None, context=None):
-    """One layer over x [B, M, T, D]; also returns its own keys and values [B, M, T, G, H]."""
+def _head_dim(layers: dict) -> int:
+    return layers["attn"]["attn_vec_einsum"]["w"].shape[-2]
+
+
+def _block(weights, x, rope, attend, condition=None, context=None):
+    """One layer over x [B, T, D]; also returns its own keys and values [B, G, T, H]."""
     normed, gate = _norm(weights["pre_attention_norm"], x, condition)
-    mixed, keys_values = _attention(weights["attn"], normed, positions, attend, context)
+    mixed, keys_values = _attention(weights["attn"], normed, rope, attend, context)
     x = x + mixed * gate
     normed, gate = _norm(weights["pre_ffw_norm"], x, condition)
     mlp = weights["mlp"]
-    gating = mlp["gating_einsum"].astype(x.dtype)
-    hidden = jax.nn.gelu(normed @ gating[0], approximate=True) * (normed @ gating[1])
-    return x + (hidden @ mlp["linear"].astype(x.dtype)) * gate, keys_values
+    gated, plain = (matmul(normed, kernel) for kernel in mlp["gating_einsum"])
+    hidden = jax.nn.gelu(gated, approximate=True) * plain
+    return x + matmul(hidden, mlp["linear"]) * gate, keys_values
 
 
-def _attention(weights, x, positions, attend, context):
-    """Grouped-query attention of x [B, M, T, D] to itself and, if given, to a context
-    (keys [B, S, G, H], values, mask [B, S]). Logits and softmax are float32."""
+def _attention(weights, x, rope, attend, context):
+    """Grouped-query attention of x [B, T, D] to a context (keys and values [B, G, S, H]), if given,
+    and to itself; `attend` bool [B, T, S + T]. Logits and softmax are float32."""
+    out = weights["attn_vec_einsum"]["w"]
+    heads, head_dim, _ = out.shape
     if "qkv_einsum" in weights:
-        query, key, value = jnp.einsum(
-            "bmtd,cdx->cbmtx", x, _flat_heads(weights["qkv_einsum"]["w"], x.dtype)
-        )
-        heads, head_dim = weights["qkv_einsum"]["w"].shape[-3::2]
-        groups = heads
+        query, key, value = (_project(x, w, head_dim) for w in weights["qkv_einsum"]["w"])
     else:
-        heads, head_dim = weights["q_einsum"]["w"].shape[-3::2]
-        groups = weights["kv_einsum"]["w"].shape[-3]
-        query = x @ _flat_heads(weights["q_einsum"]["w"], x.dtype)
-        key, value = jnp.einsum(
-            "bmtd,cdx->cbmtx", x, _flat_heads(weights["kv_einsum"]["w"], x.dtype)
-        )
-    query, key, value = (z.reshape(*z.shape[:-1], -1, head_dim) for z in (query, key, value))
-    query = _rope(query, positions) * head_dim**-0.5
-    key = _rope(key, positions)
-    query = query.reshape(*query.shape[:-2], groups, heads // groups, head_dim)
-
-    def scores(equation: str, keys: jax.Array, mask: jax.Array) -> jax.Array:
-        logits = jnp.einsum(equation, query, keys, preferred_element_type=jnp.float32)
-        return jnp.where(mask, logits, MASKED_LOGIT)
-
-    own_mask = attend if attend.ndim == 2 else attend[:, None, None]
-    logits = scores("bmtgrh,bmsgh->bgrmts", key, own_mask)
-    if context is None:
-        probs = jax.nn.softmax(logits).astype(x.dtype)
-        mixed = jnp.einsum("bgrmts,bmsgh->bmtgrh", probs, value)
-    else:
-        # Two products and a joint softmax: the cached keys are never copied next to the new ones.
-        context_keys, context_values, context_mask = context
-        size = context_keys.shape[1]
-        context_logits = scores(
-            "bmtgrh,bsgh->bgrmts", context_keys, context_mask[:, None, None, None, None]
-        )
-        probs = jax.nn.softmax(jnp.concatenate([context_logits, logits], -1)).astype(x.dtype)
-        mixed = jnp.einsum("bgrmts,bsgh->bmtgrh", probs[..., :size], context_values)
-        mixed += jnp.einsum("bgrmts,bmsgh->bmtgrh", probs[..., size:], value)
-    out = weights["attn_vec_einsum"]["w"].astype(x.dtype)
-    out = out.reshape(heads * head_dim, -1)
-    return mixed.reshape(*mixed.shape[:3], heads * head_dim) @ out, (key, value)
+        query = _project(x, weights["q_einsum"]["w"], head_dim)
+        key, value = (_project(x, w, head_dim) for w in weights["kv_einsum"]["w"])
+    batch, groups, length, _ = key.shape
+    query = _rotate(query, rope) * head_dim**-0.5
+    key = _rotate(key, rope)
+    keys, values = key, value
+    if context is not None:
+        keys = jnp.concatenate([context[0], key], axis=2)
+        values = jnp.concatenate([context[1], value], axis=2)
+    query = query.reshape(batch, groups, -1, head_dim)  # the R heads of a group are more rows
+    logits = jnp.einsum("bgqh,bgkh->bgqk", query, keys, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, groups, -1, length, keys.shape[2])
+    logits = jnp.where(attend[:, None, None], logits, MASKED_LOGIT)
+    probs = jax.nn.softmax(logits).astype(x.dtype).reshape(batch, groups, -1, keys.shape[2])
+    mixed = jnp.einsum("bgqk,bgkh->bgqh", probs, values)
+    mixed = mixed.reshape(batch, heads, length, head_dim).swapaxes(1, 2)
+    mixed = mixed.reshape(batch, length, heads * head_dim)
+    return matmul(mixed, out.reshape(heads * head_dim, -1)), (key, value)
 
 
-def _flat_heads(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[..., N, D, H] -> [..., D, N * H], so that all heads are one matrix product."""
-    weight = weight.astype(dtype).swapaxes(-3, -2)
-    return weight.reshape(*weight.shape[:-2], -1)
+def _project(x: jax.Array, weight: jax.Array, head_dim: int) -> jax.Array:
+    """x [B, T, D] by weight [N, D, H] -> [B, N, T, H], all heads in one matrix product."""
+    flat = matmul(x, weight.swapaxes(0, 1).reshape(x.shape[-1], -1))
+    return flat.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 
 
-def _rope(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary positions (arXiv 2104.09864) for x [B, M, T, N, H], positions [B, 1 or M, T]."""
-    half = x.shape[-1] // 2
+def _rotation(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Sines and cosines [B, 1, T, H / 2] of rotary positions [B, T] (RoPE, arXiv 2104.09864)."""
+    half = head_dim // 2
     wavelength = ROPE_WAVELENGTH ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (positions[..., None] / wavelength)[..., None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    angle = (positions[..., None] / wavelength)[:, None]
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the two halves of every head, x [B, N, T, H]."""
+    sin, cos = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
 
 def _norm(weights: dict, x: jax.Array, condition: jax.Array | None):
-    """RMSNorm and the gate of the branch that follows: plain (gate 1), or modulated by
-    `condition` [B, M, D] as scale, shift and gate (adaRMS)."""
+    """RMSNorm of x [B, T, D] and the gate of the branch that follows: plain (gate 1), or modulated
+    (adaRMS) by `condition` [B, M, D], each row for T / M consecutive tokens."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + RMS_EPSILON)
     if "scale" in weights:
         return (normed * (1 + weights["scale"])).astype(x.dtype), jnp.ones((), x.dtype)
-    modulation = linear(weights["Dense_0"], condition)[..., None, :]
+    modulation = linear(weights["Dense_0"], condition)
+    modulation = jnp.repeat(modulation, x.shape[1] // condition.shape[1], axis=1)
     scale, shift, gate = jnp.split(modulation, 3, axis=-1)
     return (normed * (1 + scale) + shift).astype(x.dtype), gate.astype(x.dtype)
 

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mbpo_jax.models.layers import dense, lecun_normal, linear
+from mbpo_jax.models.layers import dense, lecun_normal, linear, matmul
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -119,26 +119,24 @@ def _patch_embedding(weights: dict, config: SiglipConfig, images: jax.Array) -> 
     batch, patch, grid = images.shape[0], config.patch_size, config.image_size // config.patch_size
     x = images.reshape(batch, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(batch, grid * grid, patch * patch * 3)
-    return x @ weights["kernel"].reshape(patch * patch * 3, -1) + weights["bias"]
+    return matmul(x, weights["kernel"].reshape(patch * patch * 3, -1)) + weights["bias"]
 
 
 def _attention(weights: dict, x: jax.Array) -> jax.Array:
     def project(name: str) -> jax.Array:
         kernel, bias = weights[name]["kernel"], weights[name]["bias"]
-        return (
-            jnp.einsum("bsd,dnh->bnsh", x, kernel.astype(x.dtype)) + bias.astype(x.dtype)[:, None]
-        )
+        heads = matmul(x, kernel.reshape(x.shape[-1], -1)).reshape(*x.shape[:2], *bias.shape)
+        return (heads + bias.astype(x.dtype)).swapaxes(1, 2)
 
     query = project("query") * weights["query"]["bias"].shape[-1] ** -0.5
     logits = jnp.einsum(
         "bnqh,bnkh->bnqk", query, project("key"), preferred_element_type=jnp.float32
     )
     probs = jax.nn.softmax(logits).astype(x.dtype)
-    mixed = jnp.einsum("bnqk,bnkh->bqnh", probs, project("value"))
+    mixed = jnp.einsum("bnqk,bnkh->bnqh", probs, project("value")).swapaxes(1, 2)
     out = weights["out"]
-    return jnp.einsum("bqnh,nhd->bqd", mixed, out["kernel"].astype(x.dtype)) + out["bias"].astype(
-        x.dtype
-    )
+    kernel = out["kernel"].reshape(-1, x.shape[-1])
+    return matmul(mixed.reshape(*x.shape[:2], -1), kernel) + out["bias"].astype(x.dtype)
 
 
 def _layer_norm(weights: dict, x: jax.Array) -> jax.Array:
