@@ -166,12 +166,11 @@ def _mean_curves(evaluation, gamma, k) -> dict:
 
 
 def trade_off(
-    key, *, gamma, k, states, actions, n_max, problems, policy_size, model_size, grid, family
-) -> dict:
-    """Gap against n at one (policy_size, model_size), and maps of the best n over a grid of both.
-
-    The map by "constant errors" uses the published bound with the measured means at j = 0.
-    """
+    key, *, gamma, k, states, actions, n_max, problems, policy_size, model_size, grid, family,
+    progress,
+) -> dict:  # fmt: skip
+    """Gap against n at one (policy_size, model_size), and maps of the best n over a grid of both:
+    rows policy sizes, columns model sizes, `grid` = (smallest, largest, number)."""
     times = tabular.chunk_times(gamma, k, 1e-8)
     keys = jax.random.split(key, problems)
     sizes = dict(kind=families.family(family), states=states, actions=actions, k=k)
@@ -180,7 +179,7 @@ def trade_off(
     axis = np.geomspace(*grid).tolist()
     maps = {name: [] for name in curves["optimal_n"]}
     regret = {name: [] for name in curves["optimal_n"]}
-    for policy in axis:
+    for policy in progress(axis):
         rows = [_mean_curves(run(keys, policy, model), gamma, k) for model in axis]
         for name in maps:
             maps[name].append([row["optimal_n"][name] for row in rows])
@@ -273,7 +272,12 @@ def learned_models(
             family=family, most=max(episodes), length=length,
         )  # fmt: skip
         out[setting].append(_learned_row(evaluation, step_curve, chunk_curve, gamma, k, count))
-    return {"episodes": list(episodes), "settings": out, "crossover": _crossover(out)}
+    return {
+        "episodes": list(episodes),
+        "settings": out,
+        "crossover": _crossover(out),
+        "range": float(2 / (1 - gamma)),
+    }
 
 
 def _learned_row(evaluation, step_curve, chunk_curve, gamma, k, count) -> dict:
@@ -319,3 +323,12 @@ def _crossover(settings) -> dict:
         lasting = [all(better[i:]) for i in range(len(better))]
         found[setting] = rows[lasting.index(True)]["episodes"] if True in lasting else None
     return found
+
+
+def rounded(value, digits: int = 10):
+    """Floats to `digits` significant digits, so that the last bits of a sum do not show."""
+    if isinstance(value, dict):
+        return {str(key): rounded(one, digits) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one, digits) for one in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
