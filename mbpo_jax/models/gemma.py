@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mbpo_jax.models.layers import lecun_normal, linear, matmul
+from mbpo_jax.models.layers import SCAN, LayerLoop, lecun_normal, linear, matmul
 
 RMS_EPSILON = 1e-6
 ROPE_WAVELENGTH = 10_000.0
@@ -100,27 +100,35 @@ def embed(params: dict, tokens: jax.Array) -> jax.Array:
 
 
 def encode_prefix(
-    params: dict, tokens: jax.Array, mask: jax.Array, remat: bool = False
-) -> tuple[jax.Array, KVCache]:
+    params: dict,
+    tokens: jax.Array,
+    mask: jax.Array,
+    loop: LayerLoop = SCAN,
+    cache_only: bool = False,
+) -> tuple[jax.Array | None, KVCache]:
     """Runs the language model over a bidirectional prefix.
 
     Args:
         tokens: [B, S, D]; their dtype is the compute dtype.
         mask: bool [B, S]; positions count real tokens only.
+        cache_only: stop after the last layer's keys and values, which is all that `denoise` reads.
 
     Returns:
-        Hidden states after the final norm [B, S, D] (finite garbage where `mask` is False), and the
-        cache for `denoise`.
+        Hidden states after the final norm [B, S, D] (finite garbage where `mask` is False; None if
+        `cache_only`), and the cache for `denoise`.
     """
     layers = _member(params["layers"], "")
     rope = _rotation(jnp.cumsum(mask, axis=-1) - 1, _head_dim(layers))
     attend = mask[:, :, None] & mask[:, None, :]
+    depth = params["layers"]["mlp"]["linear"].shape[0]
+    stop = jnp.arange(depth) == depth - 1
 
-    def block(x: jax.Array, weights: dict) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return _block(weights, x, rope, attend)
+    def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        weights, stop_here = layer
+        return _block(weights, x, rope, attend, stop_here=stop_here if cache_only else None)
 
-    x, (keys, values) = _scan(block, tokens, layers, remat)
-    features, _ = _norm(params["final_norm"], x, None)
+    x, (keys, values) = loop(block, tokens, (layers, stop))
+    features = None if cache_only else _norm(params["final_norm"], x, None)[0]
     return features, KVCache(keys, values, mask)
 
 
@@ -130,7 +138,7 @@ def denoise(
     cache: KVCache,
     condition: jax.Array | None,
     attend: jax.Array,
-    remat: bool = False,
+    loop: LayerLoop = SCAN,
 ) -> jax.Array:
     """Runs the action expert over M sets of tokens that share one prefix.
 
@@ -163,13 +171,9 @@ def denoise(
         return x, None
 
     x = tokens.reshape(batch, sets * length, width)
-    x, _ = _scan(block, x, (members, cache.keys, cache.values), remat)
+    x, _ = loop(block, x, (members, cache.keys, cache.values))
     features, _ = _norm(params["final_norm_1"], x, condition)
     return features.reshape(tokens.shape)
-
-
-def _scan(block, x: jax.Array, layers, remat: bool):
-    return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=3)
 
 
 def _member(layers: dict, suffix: str) -> dict:
@@ -187,44 +191,55 @@ def _head_dim(layers: dict) -> int:
     return layers["attn"]["attn_vec_einsum"]["w"].shape[-2]
 
 
-def _block(weights, x, rope, attend, condition=None, context=None):
-    """One layer over x [B, T, D]; also returns its own keys and values [B, G, T, H]."""
-    normed, gate = _norm(weights["pre_attention_norm"], x, condition)
-    mixed, keys_values = _attention(weights["attn"], normed, rope, attend, context)
-    x = x + mixed * gate
-    normed, gate = _norm(weights["pre_ffw_norm"], x, condition)
-    mlp = weights["mlp"]
-    gated, plain = (matmul(normed, kernel) for kernel in mlp["gating_einsum"])
-    hidden = jax.nn.gelu(gated, approximate=True) * plain
-    return x + matmul(hidden, mlp["linear"]) * gate, keys_values
+def _block(weights, x, rope, attend, condition=None, context=None, stop_here=None):
+    """One layer over x [B, T, D]; also returns its own keys and values [B, G, T, H].
+
+    `context`: earlier keys and values [B, G, S, H] to attend to; `attend` bool [B, T, S + T].
+    `stop_here`: bool scalar, True leaves x as it is.
+    """
+    normed, attention_gate = _norm(weights["pre_attention_norm"], x, condition)
+    query, key, value = _heads(weights["attn"], normed, rope)
+
+    def rest(x: jax.Array) -> jax.Array:
+        keys, values = key, value
+        if context is not None:
+            keys = jnp.concatenate([context[0], key], axis=2)
+            values = jnp.concatenate([context[1], value], axis=2)
+        x = x + _attention(weights["attn"], query, keys, values, attend) * attention_gate
+        normed, gate = _norm(weights["pre_ffw_norm"], x, condition)
+        gated, plain = (matmul(normed, kernel) for kernel in weights["mlp"]["gating_einsum"])
+        hidden = jax.nn.gelu(gated, approximate=True) * plain
+        return x + matmul(hidden, weights["mlp"]["linear"]) * gate
+
+    x = rest(x) if stop_here is None else jax.lax.cond(stop_here, lambda x: x, rest, x)
+    return x, (key, value)
 
 
-def _attention(weights, x, rope, attend, context):
-    """Grouped-query attention of x [B, T, D] to a context (keys and values [B, G, S, H]), if given,
-    and to itself; `attend` bool [B, T, S + T]. Logits and softmax are float32."""
-    out = weights["attn_vec_einsum"]["w"]
-    heads, head_dim, _ = out.shape
+def _heads(weights, x, rope):
+    """Rotated and scaled queries [B, N, T, H], rotated keys and values [B, G, T, H]."""
+    head_dim = weights["attn_vec_einsum"]["w"].shape[-2]
     if "qkv_einsum" in weights:
         query, key, value = (_project(x, w, head_dim) for w in weights["qkv_einsum"]["w"])
     else:
         query = _project(x, weights["q_einsum"]["w"], head_dim)
         key, value = (_project(x, w, head_dim) for w in weights["kv_einsum"]["w"])
-    batch, groups, length, _ = key.shape
-    query = _rotate(query, rope) * head_dim**-0.5
-    key = _rotate(key, rope)
-    keys, values = key, value
-    if context is not None:
-        keys = jnp.concatenate([context[0], key], axis=2)
-        values = jnp.concatenate([context[1], value], axis=2)
-    query = query.reshape(batch, groups, -1, head_dim)  # the R heads of a group are more rows
-    logits = jnp.einsum("bgqh,bgkh->bgqk", query, keys, preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, groups, -1, length, keys.shape[2])
+    return _rotate(query, rope) * head_dim**-0.5, _rotate(key, rope), value
+
+
+def _attention(weights, query, keys, values, attend):
+    """Grouped-query attention: query [B, N, T, H], keys and values [B, G, K, H], `attend` bool
+    [B, T, K] -> [B, T, D]. Logits and softmax are float32."""
+    batch, heads, length, head_dim = query.shape
+    groups, size = keys.shape[1:3]
+    rows = query.reshape(batch, groups, -1, head_dim)  # the R heads of a group are more rows
+    logits = jnp.einsum("bgqh,bgkh->bgqk", rows, keys, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, groups, -1, length, size)
     logits = jnp.where(attend[:, None, None], logits, MASKED_LOGIT)
-    probs = jax.nn.softmax(logits).astype(x.dtype).reshape(batch, groups, -1, keys.shape[2])
+    probs = jax.nn.softmax(logits).astype(query.dtype).reshape(batch, groups, -1, size)
     mixed = jnp.einsum("bgqk,bgkh->bgqh", probs, values)
     mixed = mixed.reshape(batch, heads, length, head_dim).swapaxes(1, 2)
-    mixed = mixed.reshape(batch, length, heads * head_dim)
-    return matmul(mixed, out.reshape(heads * head_dim, -1)), (key, value)
+    out = weights["attn_vec_einsum"]["w"].reshape(heads * head_dim, -1)
+    return matmul(mixed.reshape(batch, length, -1), out)
 
 
 def _project(x: jax.Array, weight: jax.Array, head_dim: int) -> jax.Array:

@@ -1,11 +1,13 @@
-"""Initialisers and the linear map shared by the architectures.
+"""Initialisers, the linear map and the loop over layers, shared by the architectures.
 
 Parameters are nested dicts of float32 arrays; a stack of layers has one leading layer axis on
 every leaf, so that the stack runs as one `lax.scan`.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,3 +39,24 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def linear(weights: dict, x: jax.Array) -> jax.Array:
     """x [..., fan_in] -> [..., fan_out] with "kernel" and "bias", in the dtype of `x`."""
     return matmul(x, weights["kernel"]) + weights["bias"].astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLoop:
+    """How a stack of layers is run.
+
+    remat: recompute each layer in the backward pass instead of storing its activations.
+    unroll: one copy of the layer per depth in the program: faster for small layers on a CPU, slower
+        to compile.
+    """
+
+    remat: bool = False
+    unroll: bool = False
+
+    def __call__(self, layer: Callable, x: jax.Array, stack: Any) -> tuple[jax.Array, Any]:
+        """`lax.scan` of layer(x, weights) -> (x, output) over the leading axis of `stack`."""
+        layer = jax.checkpoint(layer) if self.remat else layer
+        return jax.lax.scan(layer, x, stack, unroll=self.unroll)
+
+
+SCAN = LayerLoop()

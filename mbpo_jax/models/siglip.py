@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mbpo_jax.models.layers import dense, lecun_normal, linear, matmul
+from mbpo_jax.models.layers import SCAN, LayerLoop, dense, lecun_normal, linear, matmul
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -86,14 +86,17 @@ def init(key: jax.Array, config: SiglipConfig, output_dim: int) -> dict:
 
 
 def encode(
-    params: dict, config: SiglipConfig, images: jax.Array, dtype: jnp.dtype, remat: bool = False
+    params: dict,
+    config: SiglipConfig,
+    images: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+    loop: LayerLoop = SCAN,
 ) -> jax.Array:
     """Image tokens.
 
     Args:
         images: float32 [B, image_size, image_size, 3] in [-1, 1].
         dtype: of the matrix products; normalisation and softmax are float32.
-        remat: recompute each block in the backward pass instead of storing its activations.
 
     Returns:
         [B, num_tokens, output_dim] of `dtype`.
@@ -110,7 +113,7 @@ def encode(
         return x + linear(mlp["Dense_1"], jax.nn.gelu(hidden, approximate=True)), None
 
     transformer = params["Transformer"]
-    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, transformer["encoderblock"])
+    x, _ = loop(block, x, transformer["encoderblock"])
     return linear(params["head"], _layer_norm(transformer["encoder_norm"], x))
 
 

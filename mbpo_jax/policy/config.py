@@ -3,6 +3,7 @@
 import dataclasses
 
 from mbpo_jax.models.gemma import GemmaConfig
+from mbpo_jax.models.layers import LayerLoop
 from mbpo_jax.models.siglip import SiglipConfig
 
 
@@ -55,6 +56,11 @@ class Pi0Config:
     truncate_prompt: bool = False  # cut a prompt above max_prompt_tokens; else it fails
     dtype: str = "float32"  # of matrix products; parameters, norms and softmax stay float32
     remat: bool = False  # recompute layers in the backward pass instead of storing them
+    unroll: bool = False  # unroll the loop over layers: faster for small models on a CPU
+
+    @property
+    def layer_loop(self) -> LayerLoop:
+        return LayerLoop(remat=self.remat, unroll=self.unroll)
 
     def __post_init__(self):
         if self.pi05 and self.use_proprio:
@@ -73,7 +79,7 @@ def variants() -> dict[str, Pi0Config]:
 def _micro() -> Pi0Config:
     heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 32}
     return Pi0Config(
-        vision=SiglipConfig(128, 2, 256, 4, patch_size=8, image_size=64),
+        vision=SiglipConfig(128, 2, 256, 4, patch_size=16, image_size=64),
         language=GemmaConfig(width=128, depth=3, mlp_dim=256, **heads),
         expert=GemmaConfig(width=128, depth=3, mlp_dim=256, **heads),
         vocab_size=512,
@@ -83,6 +89,7 @@ def _micro() -> Pi0Config:
         critic=CriticConfig(widths=(128, 64)),
         eval_steps=5,
         times_per_example=4,
+        unroll=True,
     )
 
 

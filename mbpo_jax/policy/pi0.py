@@ -23,11 +23,16 @@ TIME_PERIODS = (4e-3, 4.0)  # shortest and longest period of the time embedding'
 
 @struct.dataclass
 class Prefix:
-    """An encoded observation: the language model's `cache`, its mean `features` over real tokens
-    (float32 [B, D], what the critic reads), and for π0 the padded state [B, action_dim]."""
+    """An encoded observation.
+
+    cache: the language model's keys and values, which the expert attends to.
+    features: its mean hidden state over real tokens, float32 [B, D], which the critic reads; None
+        if it was not asked for.
+    state: padded proprioception [B, action_dim] for π0, None for π0.5.
+    """
 
     cache: gemma.KVCache
-    features: jax.Array
+    features: jax.Array | None
     state: jax.Array | None
 
 
@@ -70,7 +75,7 @@ def prefix_tokens(
     dtype = jnp.dtype(config.dtype)
     batch, views = images.shape[:2]
     flat = images.reshape(batch * views, *images.shape[2:])
-    seen = siglip.encode(actor["PaliGemma"]["img"], config.vision, flat, dtype, config.remat)
+    seen = siglip.encode(actor["PaliGemma"]["img"], config.vision, flat, dtype, config.layer_loop)
     seen = seen.reshape(batch, views * seen.shape[1], -1)
     words = gemma.embed(actor["PaliGemma"]["llm"], prompt.tokens).astype(dtype)
     image_mask = jnp.repeat(image_mask, config.vision.num_tokens, axis=1)
@@ -85,12 +90,21 @@ def encode(
     image_mask: jax.Array,
     prompt: Prompt,
     state: jax.Array | None,
+    with_features: bool = True,
 ) -> Prefix:
-    """The prefix of a batch of observations in the network's units; `state` [B, action_dim]."""
+    """The prefix of a batch of observations in the network's units; `state` [B, action_dim].
+
+    Without features the last layer's attention and MLP are left out: actions do not depend on them.
+    """
     tokens, mask = prefix_tokens(actor, config, images, image_mask, prompt)
-    hidden, cache = gemma.encode_prefix(actor["PaliGemma"]["llm"], tokens, mask, config.remat)
-    weight = mask[..., None].astype(jnp.float32)
-    return Prefix(cache, (hidden * weight).sum(1) / weight.sum(1), state)
+    hidden, cache = gemma.encode_prefix(
+        actor["PaliGemma"]["llm"], tokens, mask, config.layer_loop, not with_features
+    )
+    features = None
+    if with_features:
+        weight = mask[..., None].astype(jnp.float32)
+        features = (hidden * weight).sum(1) / weight.sum(1)
+    return Prefix(cache, features, state)
 
 
 def time_embedding(times: jax.Array, width: int) -> jax.Array:
@@ -143,7 +157,7 @@ def velocity(
         prefix.cache,
         condition,
         attend,
-        config.remat,
+        config.layer_loop,
     )
     features = hidden[:, :, -steps:].astype(jnp.float32)
     return linear(actor["action_out_proj"], features), features
@@ -256,7 +270,7 @@ class FlowPolicy:
         The prefix is computed once and serves `config.times_per_example` flow times.
         """
         times_per_example = self.config.times_per_example
-        prefix = self._encode(actor, observation, None)
+        prefix = self._encode(actor, observation, with_features=False)
         clean = self._to_model(actions)[:, None]
         time_key, noise_key = jax.random.split(key)
         times = flow.sample_times(time_key, (clean.shape[0], times_per_example))
@@ -271,7 +285,7 @@ class FlowPolicy:
         """Actions [B, k, A] for evaluation: random initial noise, then the deterministic flow in
         `config.eval_steps` Euler steps."""
         actor = params["actor"]
-        prefix = self._encode(actor, observation, None)
+        prefix = self._encode(actor, observation, with_features=False)
         noise = self._noise(key, prefix)
         x = flow.sample_ode(self._velocity(actor, prefix), noise, self.config.eval_steps)
         return self._to_robot(x)
@@ -280,7 +294,7 @@ class FlowPolicy:
     def _learns_noise(self) -> bool:
         return self.config.flow.method == "noise" and self.config.flow.learned_noise
 
-    def _encode(self, actor, observation, camera_mask) -> Prefix:
+    def _encode(self, actor, observation, camera_mask=None, with_features=True) -> Prefix:
         self.check(observation)
         images = inputs.images(observation, self.config, self.cameras)
         batch, views = images.shape[:2]
@@ -296,7 +310,7 @@ class FlowPolicy:
                 )
                 state = inputs.pad(state, self.config.action_dim, "observation.proprio")
         prompt = inputs.prompt(observation, self.config)
-        return encode(actor, self.config, images, image_mask, prompt, state)
+        return encode(actor, self.config, images, image_mask, prompt, state, with_features)
 
     def _velocity(self, actor: Params, prefix: Prefix) -> flow.VelocityFunction:
         return lambda x, times: velocity(actor, self.config, prefix, x, times)
@@ -310,7 +324,7 @@ class FlowPolicy:
         )
 
     def _noise(self, key: jax.Array, prefix: Prefix) -> jax.Array:
-        batch = prefix.features.shape[0]
+        batch = prefix.cache.mask.shape[0]
         return jax.random.normal(key, (batch, self.config.chunk, self.config.action_dim))
 
     def _sum(self, log_prob: jax.Array) -> jax.Array:
