@@ -6,6 +6,7 @@ that itself depends on the current state only, so that the actions are smooth an
 can imitate them. Nothing is drawn at random except the jitter on the executed actions.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,6 @@ _METRES, _RADIANS = 0.05, 0.5  # what an action of 1.0 commands
 _GAIN = 1.5  # above 1 the arm arrives faster; at 2 it starts to overshoot
 _OPEN, _CLOSED = -1.0, 1.0
 _DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # the hand at yaw 0
-_CLEARANCE = 0.05  # kept between what is carried and what it passes over
 _ATTEMPTS = 3  # grasps of one object, and passes over the goal
 _JITTER_MEMORY = 0.85
 _JITTER_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3])
@@ -180,7 +180,7 @@ def _towards(
     """The action [7] towards a pose: proportional, limited to `pace`, horizontally and vertically
     apart so that the arm rises at full speed while it travels."""
     step = _GAIN * (target - scene.hand) / _METRES
-    step[:2] *= min(1.0, pace / max(np.linalg.norm(step[:2]), 1e-9))
+    step[:2] *= min(1.0, pace / max(np.abs(step[:2]).max(), 1e-9))
     step[2] = np.clip(step[2], -pace, pace)
     turn = _GAIN * _rotation_error(scene, yaw) / _RADIANS
     turn *= min(1.0, 1.0 / max(np.linalg.norm(turn), 1e-9))
@@ -208,9 +208,9 @@ def _descend(scene: Scene, grasp: Grasp, safe: float, gripper: float = _OPEN) ->
         error = grasp.position - scene.hand
         off_centre = np.linalg.norm(error[:2])
         turned = np.linalg.norm(_rotation_error(scene, grasp.yaw))
-        if np.linalg.norm(error) < 0.008 and turned < 0.1:
+        if np.linalg.norm(error) < grasp.tolerance and turned < 0.15:
             return
-        lift = np.clip(4 * (off_centre - 0.008) + 0.3 * max(turned - 0.15, 0), 0, 1)
+        lift = np.clip(4 * (off_centre - grasp.tolerance) + 0.3 * max(turned - 0.15, 0), 0, 1)
         height = grasp.position[2] + min(lift, max(safe - grasp.position[2], 0) + 0.02)
         yield _towards(scene, np.array([*grasp.position[:2], height]), grasp.yaw, gripper)
 
@@ -245,7 +245,7 @@ def _place(scene: Scene, goal: tuple[str, ...]) -> Actions:
             break
         turned = np.linalg.norm(_rotation_error(scene, plan.yaw))
         funnel = 3 * (off_centre - 0.01) + 0.2 * max(turned - 0.2, 0)
-        error[2] += np.clip(funnel, 0, _CLEARANCE)
+        error[2] += np.clip(funnel, 0, plan.lift)
         action = _towards(scene, scene.hand + error, plan.yaw, _CLOSED)
         # Neighbours of the object are passed only once it is above them.
         risen = np.clip((scene.hand[2] - start) / 0.04, 0, 1)
@@ -275,7 +275,7 @@ def _destination(scene: Scene, goal: tuple[str, ...]) -> Placement:
         surface = (points[near] if near.any() else points)[:, 2].max() + 0.008
     else:
         surface = centre[2] + 0.015
-    return Placement(centre[:2], surface - shape[:, 2].min(), yaw)
+    return Placement(centre[:2], surface - shape[:, 2].min(), yaw, 0.05)
 
 
 def _let_go(scene: Scene, yaw: float) -> Actions:
@@ -291,7 +291,7 @@ def _turn_on(scene: Scene, name: str) -> Actions:
     top = points[points[:, 2] > points[:, 2].max() - 0.025]
     grasp = plan_grasp(top, np.zeros((0, 3)))
     position = np.array([*grasp.position[:2], top[:, 2].max() - 0.012])
-    grasp = Grasp(position, grasp.yaw)
+    grasp = dataclasses.replace(grasp, position=position)
     yield from _descend(scene, grasp, top[:, 2].max() + 0.03)
     yield from _close_fingers(scene, grasp)
     for step in range(60):

@@ -13,10 +13,11 @@ _SPACING = 0.01  # of the points that stand for a surface
 @dataclasses.dataclass(frozen=True)
 class Grasp:
     """Where the point between the fingertips goes, and by which angle the hand turns about the
-    vertical (0: fingers open along the world's y axis)."""
+    vertical (0: fingers open along the world's y axis). `tolerance`: how near is near enough."""
 
     position: np.ndarray
     yaw: float
+    tolerance: float
 
 
 def opening_axis(yaw: float) -> np.ndarray:
@@ -82,10 +83,12 @@ def plan_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int = 0) -> G
         axis = opening_axis(yaw)
         centre = centre + axis * (sum(_extent(points, yaw)) / 2 - centre @ axis)
         depth = min(0.03 + 0.01 * attempt, 0.5 * height)
-        return Grasp(np.array([*centre, max(high[2] - depth, low[2] + 0.008)]), yaw)
+        slack = (_GRIPPER_WIDTH - widths[best]) / 2
+        height = max(high[2] - depth, low[2] + 0.008)
+        return Grasp(np.array([*centre, height]), yaw, float(np.clip(slack / 2, 0.006, 0.012)))
     centre, yaw = _rim_grasp(points, obstacles, attempt)
     depth = min(0.025, 0.5 * height)
-    return Grasp(np.array([*centre, max(high[2] - depth, low[2] + 0.008)]), yaw)
+    return Grasp(np.array([*centre, max(high[2] - depth, low[2] + 0.008)]), yaw, 0.006)
 
 
 def _rim_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int) -> tuple[np.ndarray, float]:
@@ -108,11 +111,13 @@ def _rim_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a held object's origin is taken, `spot` [2] and `height`, with the hand at `yaw`."""
+    """Where a held object's origin is taken, `spot` [2] and `height`, with the hand at `yaw`;
+    `lift`: how much higher it travels."""
 
     spot: np.ndarray
     height: float
     yaw: float
+    lift: float
 
 
 def rotation_about_vertical(angle: float) -> np.ndarray:
@@ -127,28 +132,30 @@ def plan_insertion(
 
     shape: the object's surface points [N, 3] relative to its origin, held at `yaw`; container:
     surface points [W, 3]; centre, half: [3], the region in which the origin must be. It is let go
-    with its lower end 3 cm below the container's rim. The spot and the hand's yaw (in steps of 15
-    degrees) leave 1.5 cm of room if possible; then little turning and a central spot are preferred.
+    with its lower end 3 to 5 cm below the container's rim. The spot and the hand's yaw (in steps of
+    15 degrees) leave 1.2 cm of room if possible; then little turning and a central spot are
+    preferred.
     """
-    height = container[:, 2].max() - 0.03 - shape[:, 2].min()
+    depth = np.clip(np.ptp(shape[:, 2]) / 2, 0.03, 0.05)
+    height = container[:, 2].max() - depth - shape[:, 2].min()
     walls = container[container[:, 2] > height + shape[:, 2].min()][:, :2]
     reach = half[:2].max() + np.linalg.norm(shape[:, :2], axis=1).max()
     walls = walls[np.linalg.norm(walls - centre[:2], axis=1) < reach + 0.02]
     if not len(walls):
-        return Placement(centre[:2], height, yaw)
+        return Placement(centre[:2], height, yaw, depth + 0.025)
     walls = np.unique(np.round(walls, 3), axis=0)
     grid = np.linspace(-1, 1, 11)
     offsets = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
-    offsets = offsets * np.maximum(half[:2] - 0.008, 0)
+    offsets = offsets * np.maximum(half[:2] - 0.012, 0)
     best = (np.inf, centre[:2], yaw)
     for candidate in np.arange(-6, 7) * np.pi / 12:
         turned = shape @ rotation_about_vertical(candidate - yaw).T
         room = _room(turned[:, :2], walls, centre[:2] + offsets)
-        cost = np.linalg.norm(offsets, axis=1) - 10 * np.minimum(room, 0.015)
-        cost += 0.01 * abs(candidate - yaw)
+        cost = np.linalg.norm(offsets, axis=1) - 10 * np.minimum(room, 0.012)
+        cost += 0.02 * abs(candidate - yaw)
         if cost.min() < best[0]:
             best = (cost.min(), centre[:2] + offsets[np.argmin(cost)], float(candidate))
-    return Placement(best[1], height, best[2])
+    return Placement(best[1], height, best[2], depth + 0.025)
 
 
 def _room(footprint: np.ndarray, walls: np.ndarray, spots: np.ndarray) -> np.ndarray:
