@@ -53,7 +53,7 @@ def get_config(variant: str = "quick") -> ConfigDict:
     config.adversarial.gammas = (0.3, 0.9)
     config.adversarial.states = 3
     config.adversarial.actions = 2
-    config.adversarial.restarts = 6  # for each bound and γ
+    config.adversarial.restarts = 4  # for each bound and γ
     config.adversarial.steps = 250
     config.adversarial.learning_rate = 0.1
 
@@ -77,12 +77,12 @@ def get_config(variant: str = "quick") -> ConfigDict:
     config.learned.k = 3
     config.learned.n_max = 32
     config.learned.horizon = 30  # chunks of the compounding-error curves
-    config.learned.episodes = (10, 30, 100, 300, 1000, 3000)
+    config.learned.episodes = (10, 30, 100, 300, 1000, 3000, 10_000)
     config.learned.length = 10  # chunks in an episode
     config.learned.problems = 16
     config.learned.smoothing = 1.0  # observations' worth of a uniform guess
     config.learned.floor = 0.02  # error per prediction that data does not remove
-    config.learned.policy_size = 0.3
+    config.learned.policy_size = 0.5
 
     if variant == "full":
         config.random.problems = 100_000
@@ -93,7 +93,7 @@ def get_config(variant: str = "quick") -> ConfigDict:
         config.adversarial.steps = 800
         config.trade_off.problems = 128
         config.trade_off.grid_points = 10
-        config.learned.episodes = (10, 30, 100, 300, 1000, 3000, 10_000)
+        config.learned.episodes = (10, 30, 100, 300, 1000, 3000, 10_000, 30_000)
         config.learned.problems = 64
     config.lock()
     return config

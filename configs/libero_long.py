@@ -90,6 +90,7 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.world_model.model = ml_collections.ConfigDict(
         dataclasses.asdict(world_config.variant("bagel"))
     )
+    c.world_model.max_prompt_tokens = 64
     c.world_model.holdout_fraction = 0.1  # of episodes, for fidelity
     c.world_model.horizon = 4  # chunks of the open-loop error curve
     c.world_model.dynamics_batch_size = 64
@@ -158,6 +159,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.tasks = (5,)
     c.image_size = 64
     c.workers = 2
+    c.max_steps = 300  # the scripted expert needs 80 to 170
     c.parallel.fsdp = 1
     c.demonstrations.episodes_per_task = 40
 
@@ -169,6 +171,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.sft.checkpoint_every = 200
 
     w = c.world_model
+    w.max_prompt_tokens = 24
     w.dynamics_batch_size = 32
     w.reward_batch_size = 32
     w.reward_weight = 0.1

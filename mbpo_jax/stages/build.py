@@ -49,7 +49,7 @@ def observation_builder(config: Config) -> ObservationBuilder:
         policy_tokenizer=policy_tokenizer(config),
         prompt_length=config.policy.max_prompt_tokens,
         world_tokenizer=world_tokenizer(config),
-        world_prompt_length=config.world_model.model.max_prompt_tokens,
+        world_prompt_length=config.world_model.max_prompt_tokens,
     )
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.spool import EpisodeSpool
+from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.episode import Episode
@@ -120,7 +121,7 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
         for i in range(config.rollouts.episodes_per_task)
     ]
     with make_pool(config) as pool:
-        act = batched_act(config, pool, policy, params)
+        act = batched_act(config, policy, params)
         missing = [r for r in requests if _name(r) not in set(spool.names())]
         results = pool.policy_episodes(missing, act, source="sft")
         for result in progress(results, "rollouts", len(missing)):
@@ -149,11 +150,12 @@ def make_pool(config: Config) -> EnvPool:
 
 
 def batched_act(
-    config: Config, pool: EnvPool, policy: FlowPolicy, params: Params
+    config: Config, policy: FlowPolicy, params: Params
 ) -> Callable[[list[Query]], np.ndarray]:
     """An acting function for the pool. A query's noise depends on its episode and chunk alone, so
     that an episode comes out the same however queries are batched."""
     builder = observation_builder(config)
+    instructions = {t: task_info(config.suite, t).instruction for t in config.tasks}
     base_key = jax.random.key(config.seed)
 
     @jax.jit
@@ -168,10 +170,7 @@ def batched_act(
     def act_on(queries: list[Query]) -> np.ndarray:
         padded = queries + [queries[0]] * (config.workers - len(queries))
         observations = collate(
-            [
-                builder(q.images, q.proprio, pool.task_info(q.request.task_id).instruction)
-                for q in padded
-            ]
+            [builder(q.images, q.proprio, instructions[q.request.task_id]) for q in padded]
         )
         identities = np.array([(_episode_number(q.request), q.chunk_index) for q in padded])
         return np.asarray(act(params, observations, identities))[: len(queries)]

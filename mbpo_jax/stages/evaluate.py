@@ -7,6 +7,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
+from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.policy.pi0 import FlowPolicy
@@ -27,7 +28,7 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
     sft = workspace.directory("sft")
     results, restarts = {}, 0
     with make_pool(config) as pool:
-        requests = _requests(config, pool)
+        requests = _requests(config)
         for name, trained in (("sft", sft), ("improved", workspace.directory("improve"))):
             policy, params = load_policy(config, sft, trained / "policy")
             path = directory / f"episodes_{name}.jsonl"
@@ -47,10 +48,10 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
     }
 
 
-def _requests(config: Config, pool: EnvPool) -> list[EpisodeRequest]:
+def _requests(config: Config) -> list[EpisodeRequest]:
     requests = []
     for task in config.tasks:
-        shipped = pool.task_info(task).num_init_states
+        shipped = task_info(config.suite, task).num_init_states
         wanted = config.evaluation.episodes_per_task
         if wanted > shipped:
             raise StageError(
@@ -76,7 +77,7 @@ def _run(
     """Appends a line per finished episode, so that a killed evaluation continues."""
     finished = {(r["task"], r["init_state"]) for r in _read(path)}
     missing = [r for r in requests if (r.task_id, r.init_state_id) not in finished]
-    act = batched_act(config, pool, policy, params)
+    act = batched_act(config, policy, params)
     with path.open("a") as file:
         results = pool.policy_episodes(missing, act, source=name)
         for result in progress(results, f"evaluation, {name} policy", len(missing)):
@@ -163,7 +164,7 @@ def _film(
             max_steps=config.max_steps,
             video_size=config.evaluation.video_size,
         )
-        act = batched_act(config, pool, policy, params)
+        act = batched_act(config, policy, params)
         (result,) = pool.policy_episodes([request], act, source="improved")
         frames = np.concatenate([result.video[c] for c in config.cameras], axis=2)
         path = directory / f"{kind}.gif"

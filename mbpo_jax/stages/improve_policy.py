@@ -42,7 +42,7 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
     episodes, _ = world_model_episodes(workspace)
     starts = branch_starts(episodes, observation_builder(config))
     if config.rl.start_states_from == "episode_start":
-        starts = starts.first_frames()
+        starts = starts.where(starts.index[:, 1] == 0)
     elif config.rl.start_states_from != "dataset":
         raise StageError(
             f"rl.start_states_from is {config.rl.start_states_from!r}; choose 'dataset' (branched "

@@ -1,4 +1,4 @@
-"""Stage `report`: one HTML file, `results.json` and TensorBoard scalars from what the stages left."""
+"""Stage `report`: one HTML file, `results.json` and TensorBoard scalars of what was found."""
 
 import base64
 import io
