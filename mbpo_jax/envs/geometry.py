@@ -144,7 +144,7 @@ def plan_insertion(
     if not len(walls):
         return Placement(centre[:2], height, yaw, depth + 0.025)
     walls = np.unique(np.round(walls, 3), axis=0)
-    grid = np.linspace(-1, 1, 11)
+    grid = np.linspace(-1, 1, 21)
     offsets = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     offsets = offsets * np.maximum(half[:2] - 0.012, 0)
     best = (np.inf, centre[:2], yaw)
