@@ -159,9 +159,9 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.tasks = (5,)
     c.image_size = 64
     c.workers = 2
-    c.max_steps = 300  # the scripted expert needs 80 to 170
+    c.max_steps = 200  # the scripted expert needs about 65
     c.parallel.fsdp = 1
-    c.demonstrations.episodes_per_task = 40
+    c.demonstrations.episodes_per_task = 80
 
     c.sft.steps = 700
     c.sft.batch_size = 32

@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from mbpo_jax.data.tokenizers import Tokenizer, pad_prompt
+from mbpo_jax.data.tokenizers import Tokenizer, WorldTokenizer, pad_prompt
 from mbpo_jax.episode import Episode
 from mbpo_jax.types import Demonstration, Observation, Prompt, RewardExample, Transition
 
@@ -33,7 +33,7 @@ class ObservationBuilder:
         cameras: tuple[str, ...],
         policy_tokenizer: Tokenizer,
         prompt_length: int,
-        world_tokenizer: Tokenizer,
+        world_tokenizer: WorldTokenizer,
         world_prompt_length: int,
     ):
         self.cameras = cameras
@@ -53,10 +53,7 @@ class ObservationBuilder:
         if missing:
             raise ValueError(f"no images of cameras {missing}: there are {sorted(images)}")
         if instruction not in self._prompts:
-            self._prompts[instruction] = tuple(
-                pad_prompt(tokenizer.encode(instruction), length, instruction, tokenizer.pad_id)
-                for tokenizer, length in (self._policy, self._world)
-            )
+            self._prompts[instruction] = self._tokenize(instruction)
         batch = proprio.shape[:-1]
         prompt, world_prompt = (
             jax.tree.map(lambda x: np.broadcast_to(x, (*batch, *x.shape)), prompt)
@@ -67,6 +64,16 @@ class ObservationBuilder:
             proprio=np.asarray(proprio, np.float32),
             prompt=prompt,
             world_prompt=world_prompt,
+        )
+
+    def _tokenize(self, instruction: str) -> tuple[Prompt, Prompt]:
+        """The policy's prompt, and the world model's: a text block of BAGEL, between its markers."""
+        tokenizer, length = self._policy
+        world, world_length = self._world
+        block = [world.bos_id, *world.encode(instruction), world.eos_id]
+        return (
+            pad_prompt(tokenizer.encode(instruction), length, instruction, tokenizer.pad_id),
+            pad_prompt(block, world_length, instruction, world.pad_id),
         )
 
     def at(self, episode: Episode, frame: int) -> Observation:

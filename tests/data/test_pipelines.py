@@ -46,7 +46,8 @@ def test_observation(builder, make_episode):
     np.testing.assert_array_equal(observation.proprio, episode.proprio[1])
     ids = EmbeddedTokenizer().encode("pick up the book")
     np.testing.assert_array_equal(observation.prompt.tokens, ids + [0] * (8 - len(ids)))
-    np.testing.assert_array_equal(observation.world_prompt.tokens, ids + [0] * (6 - len(ids)))
+    block = [EmbeddedTokenizer.bos_id, *ids, EmbeddedTokenizer.eos_id]
+    np.testing.assert_array_equal(observation.world_prompt.tokens, block + [0] * (6 - len(block)))
     assert observation.prompt.mask.sum() == len(ids)
 
 
@@ -60,7 +61,7 @@ def test_observation_bad_input(make_episode):
     tokenizer, episode = EmbeddedTokenizer(), make_episode([0, 1])
     with pytest.raises(ValueError, match=r"no images of cameras \['left'\]"):
         ObservationBuilder(("agentview", "left"), tokenizer, 8, tokenizer, 8).at(episode, 0)
-    with pytest.raises(ValueError, match="'pick up the book' takes 2 tokens"):
+    with pytest.raises(ValueError, match="'pick up the book' takes 4 tokens"):
         ObservationBuilder(("agentview",), tokenizer, 8, tokenizer, 1).at(episode, 0)
 
 
