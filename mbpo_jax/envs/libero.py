@@ -225,7 +225,13 @@ class LiberoEnv:
         return self._render(image_size or self.image_size)
 
     def close(self) -> None:
+        """Frees the simulator and its renderer."""
+        self._make_current()  # freed in another environment's context, it would free that one's
         self._wrapper.close()
+
+    def _make_current(self) -> None:
+        # OpenGL draws into whichever context came last: with two environments, someone else's.
+        self.simulation.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _refresh_poses(self) -> None:
         # A MuJoCo step leaves body poses one substep behind the state. Kinematics alone catch up:
@@ -235,6 +241,7 @@ class LiberoEnv:
         self._mujoco.mj_camlight(self.model, self.data)
 
     def _render(self, size: int) -> dict[str, np.ndarray]:
+        self._make_current()
         self.simulation._post_process()  # lights that follow the state, such as a stove's burner
         return {camera: self._frame(camera, size) for camera in self.cameras}
 

@@ -26,6 +26,7 @@ from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.envs.worker import EnvSettings, Job
 
 _MAX_FAILURES = 3  # of the same episode
+_WORKER_COMMAND = ("-m", "mbpo_jax.envs.worker")
 
 # One thread a worker: the episodes are the parallelism.
 _THREADS = {
@@ -221,7 +222,7 @@ class EnvPool:
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "mbpo_jax.envs.worker", str(theirs.fileno())],
+                [sys.executable, *_WORKER_COMMAND, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,203 @@
+"""Worker processes: repeatable, repaired, and gone afterwards."""
+
+import os
+import signal
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from mbpo_jax.envs.pool import EnvPool
+from mbpo_jax.envs.requests import EpisodeRequest
+
+# A stand-in for the worker program: episodes without a simulator, and accidents on demand. An
+# accident happens once for each file that does not exist yet, named by the seed.
+FAKE_WORKER = """
+    import os, sys, time
+    from multiprocessing.connection import Connection
+    from pathlib import Path
+    import numpy as np
+    from mbpo_jax.envs.requests import EpisodeResult, Query
+
+    folder = Path(os.environ["FAKE_WORKER_FOLDER"])
+    connection = Connection(int(sys.argv[1]))
+    connection.recv()
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            break
+        seed, attempt = job.request.seed, folder / str(job.request.seed)
+        first = not attempt.exists()
+        attempt.write_text(attempt.read_text() + "x" if attempt.exists() else "x")
+        if seed == 100 and first or seed == 300:
+            print("a segmentation fault", file=sys.stderr, flush=True)
+            os._exit(17)
+        if seed == 200 and first:
+            time.sleep(3600)
+        if seed == 400:
+            connection.send(ValueError("the goal is unknown"))
+            continue
+        total = 0.0
+        if job.source is not None:
+            for index in range(3):
+                connection.send(Query(job.request, index, {}, np.full(8, seed, np.float32)))
+                total += float(connection.recv().sum())
+        connection.send(EpisodeResult(job.request, total, None, 0.0))
+"""
+
+
+@pytest.fixture
+def fake_workers(tmp_path, monkeypatch):
+    program = tmp_path / "worker.py"
+    program.write_text(textwrap.dedent(FAKE_WORKER))
+    monkeypatch.setenv("FAKE_WORKER_FOLDER", str(tmp_path))
+    monkeypatch.setattr("mbpo_jax.envs.pool._WORKER_COMMAND", (str(program),))
+    monkeypatch.setattr("mbpo_jax.envs.libero.task_info", lambda *_: None)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def requests(*seeds):
+    return [EpisodeRequest(0, seed=seed) for seed in seeds]
+
+
+def test_a_crash_is_repaired_and_the_episode_repeated(fake_workers):
+    with EnvPool("libero_10", 2) as pool:
+        results = list(pool.expert_episodes(requests(1, 100, 2, 3)))
+        assert sorted(result.request.seed for result in results) == [1, 2, 3, 100]
+        assert pool.restarts == 1
+
+
+def test_a_hang_is_repaired_and_the_episode_repeated(fake_workers):
+    with EnvPool("libero_10", 2, timeout_s=10.0) as pool:
+        results = list(pool.expert_episodes(requests(1, 200, 2)))
+        assert sorted(result.request.seed for result in results) == [1, 2, 200]
+        assert pool.restarts >= 1
+
+
+def test_an_episode_that_always_crashes_is_an_error_with_its_last_words(fake_workers):
+    with (
+        EnvPool("libero_10", 1) as pool,
+        pytest.raises(RuntimeError, match=r"(?s)seed=300.*3 times.*status 17.*segmentation fault"),
+    ):
+        list(pool.expert_episodes(requests(300)))
+
+
+def test_an_exception_is_raised_here_and_ends_the_workers(fake_workers):
+    with EnvPool("libero_10", 2) as pool:
+        with pytest.raises(ValueError, match="the goal is unknown"):
+            list(pool.expert_episodes(requests(1, 400)))
+        assert pool._workers == []
+        assert [r.request.seed for r in pool.expert_episodes(requests(5))] == [5]
+
+
+def test_a_policy_answers_each_query(fake_workers):
+    def act(queries):
+        assert 1 <= len(queries) <= 2
+        return np.stack([np.full((10, 7), q.proprio[0] + q.chunk_index) for q in queries])
+
+    with EnvPool("libero_10", 2) as pool:
+        results = list(pool.policy_episodes(requests(1, 2, 3), act))
+    # Three chunks of 70 numbers: 70 * (3 * seed + 0 + 1 + 2).
+    totals = {result.request.seed: result.episode for result in results}
+    assert totals == {1: 70 * 6, 2: 70 * 9, 3: 70 * 12}
+
+
+def test_a_policy_that_returns_too_few_chunks_is_refused(fake_workers):
+    with (
+        EnvPool("libero_10", 1) as pool,
+        pytest.raises(ValueError, match="1 queries and returned 0 chunks"),
+    ):
+        list(pool.policy_episodes(requests(1), lambda _: np.zeros((0, 10, 7))))
+
+
+@pytest.mark.parametrize("way_out", ["normally", "by an exception", "by Ctrl-C", "unfinished"])
+def test_no_process_is_left_behind(fake_workers, way_out):
+    pids = []
+
+    def leave():
+        with EnvPool("libero_10", 2) as pool:
+            for _ in pool.expert_episodes(requests(1, 2, 3, 4)):
+                pids.extend(worker.process.pid for worker in pool._workers)
+                if way_out == "by an exception":
+                    raise ArithmeticError
+                if way_out == "by Ctrl-C":
+                    signal.raise_signal(signal.SIGINT)
+                if way_out == "unfinished":
+                    break
+
+    expected = {"by an exception": ArithmeticError, "by Ctrl-C": KeyboardInterrupt}
+    if way_out in expected:
+        with pytest.raises(expected[way_out]):
+            leave()
+    else:
+        leave()
+    assert pids
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_workers_end_when_the_pool_is_gone(fake_workers):
+    pool = EnvPool("libero_10", 1)
+    assert len(list(pool.expert_episodes(requests(1)))) == 1
+    worker = pool._workers.pop()
+    worker.connection.close()  # as when the parent is killed
+    deadline = time.monotonic() + 20
+    while worker.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert worker.process.poll() is not None
+
+
+def test_a_pool_without_workers_is_refused():
+    with pytest.raises(ValueError, match="at least one worker"):
+        EnvPool("libero_10", 0)
+
+
+def noise_policy(queries):
+    """Random chunks that depend on the request and the chunk's number alone."""
+    return np.stack(
+        [
+            np.random.default_rng([q.request.seed, q.chunk_index]).uniform(-1, 1, (10, 7))
+            for q in queries
+        ]
+    )
+
+
+@pytest.mark.libero
+def test_episodes_do_not_depend_on_the_number_of_workers(book_env):
+    """Two workers in a pool against this process, on the real simulator."""
+    from mbpo_jax.envs.rollout import run_policy
+
+    asked = [EpisodeRequest(5, seed=seed, max_steps=25, video_size=32) for seed in (0, 1, 2)]
+    with EnvPool("libero_10", 2, image_size=64) as pool:
+        results = {r.request: r for r in pool.policy_episodes(asked, noise_policy, "noise")}
+    assert set(results) == set(asked)
+    for request in asked:
+        here = run_policy(book_env, request, lambda q: noise_policy([q])[0], "noise")
+        there = results[request]
+        assert there.episode.source == "noise"
+        assert there.episode.length == 25
+        np.testing.assert_array_equal(there.episode.timesteps, [0, 10, 20, 25])
+        np.testing.assert_array_equal(there.episode.num_actions, [10, 10, 5, 0])
+        np.testing.assert_array_equal(there.episode.proprio, here.episode.proprio)
+        np.testing.assert_array_equal(there.episode.actions, here.episode.actions)
+        for camera, frames in here.episode.images.items():
+            np.testing.assert_array_equal(there.episode.images[camera], frames)
+            # Every 4 steps and the end: 0, 4, ..., 24, 25.
+            assert there.video[camera].shape == (8, 32, 32, 3)
+            np.testing.assert_array_equal(there.video[camera], here.video[camera])
+
+
+@pytest.mark.libero
+def test_a_task_that_does_not_exist_starts_no_worker():
+    with EnvPool("libero_10", 1) as pool:
+        with pytest.raises(ValueError, match="the tasks 0 to 9; there is no 10"):
+            list(pool.expert_episodes([EpisodeRequest(10, seed=0)]))
+        assert pool._workers == []
