@@ -126,7 +126,14 @@ def forward(
     if height % patch or width % patch:
         raise ValueError(f"Image of {height}x{width} pixels: sides must be multiples of {patch}.")
     ids = grid_ids(height // patch, width // patch, config.max_patches_per_side)
-    x = embed(params, config, patchify(images, patch), ids)
+    return encode(params, config, patchify(images, patch), ids)
+
+
+def encode(
+    params: Params, config: NaViTConfig, patches: Float[Array, "B n v"], ids: Int[Array, "n"]
+) -> Float[Array, "B n D"]:
+    """`forward` of pictures given as patches with their position ids."""
+    x = embed(params, config, patches, ids)
     x, _ = jax.lax.scan(lambda x, w: (encoder_layer(w, config, x), None), x, params["layers"])
     return layer_norm(x, params["post_layernorm"], config.norm_eps)
 

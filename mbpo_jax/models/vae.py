@@ -61,7 +61,7 @@ def init(config: VAEConfig, key: Array) -> Params:
             weights["nin_shortcut"] = conv(1, inputs, outputs)
         return weights
 
-    def middle(width):
+    def lowest(width):
         attention = {"norm": norm(width), "proj_out": conv(1, width, width, scale=0.0)}
         attention |= {name: conv(1, width, width) for name in "qkv"}
         return {
@@ -85,12 +85,12 @@ def init(config: VAEConfig, key: Array) -> Params:
     encoder = {
         "conv_in": conv(3, pixels, config.channels),
         "down": down,
-        "mid": middle(width),
+        "mid": lowest(width),
         "norm_out": norm(width),
         "conv_out": conv(3, width, 2 * config.z_channels),
     }
 
-    decoder = {"conv_in": conv(3, config.z_channels, width), "mid": middle(width)}
+    decoder = {"conv_in": conv(3, config.z_channels, width), "mid": lowest(width)}
     up = {}
     for i in reversed(range(levels)):
         blocks = {}
@@ -134,18 +134,12 @@ def moments(
     """Mean and log-variance of the posterior of images in [-1, 1] (not scaled or shifted)."""
     weights = params["encoder"]
     x = _space_to_depth(images.astype(config.dtype), config.patch_size)
-    x = convolve(weights["conv_in"], _pad(x))
+    x = convolve(weights["conv_in"], pad(x))
     for i in range(len(config.multipliers)):
-        level = weights["down"][str(i)]
-        for j in range(config.num_res_blocks):
-            x = _res_block(level["block"][str(j)], x, config)
-        if "downsample" in level:
-            # Only right and bottom are padded, as in the public checkpoint.
-            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
-            x = convolve(level["downsample"]["conv"], x, stride=2)
-    x = _middle(weights["mid"], x, config)
+        x = encoder_level(weights["down"][str(i)], x, config)
+    x = middle(weights["mid"], x, config)
     x = jax.nn.silu(group_norm(weights["norm_out"], x, config))
-    mean, log_variance = jnp.split(convolve(weights["conv_out"], _pad(x)), 2, axis=-1)
+    mean, log_variance = jnp.split(convolve(weights["conv_out"], pad(x)), 2, axis=-1)
     return mean.astype(jnp.float32), log_variance.astype(jnp.float32)
 
 
@@ -168,16 +162,16 @@ def decode(
     """Images in about [-1, 1], not clipped, of scaled latents."""
     weights = params["decoder"]
     x = (latents / config.scale_factor + config.shift_factor).astype(config.dtype)
-    x = _middle(weights["mid"], convolve(weights["conv_in"], _pad(x)), config)
+    x = middle(weights["mid"], convolve(weights["conv_in"], pad(x)), config)
     for i in reversed(range(len(config.multipliers))):
         level = weights["up"][str(i)]
         for j in range(config.num_res_blocks + 1):
             x = _res_block(level["block"][str(j)], x, config)
         if "upsample" in level:
             x = x.repeat(2, axis=1).repeat(2, axis=2)
-            x = convolve(level["upsample"]["conv"], _pad(x))
+            x = convolve(level["upsample"]["conv"], pad(x))
     x = jax.nn.silu(group_norm(weights["norm_out"], x, config))
-    x = convolve(weights["conv_out"], _pad(x))
+    x = convolve(weights["conv_out"], pad(x))
     return _depth_to_space(x, config.patch_size).astype(jnp.float32)
 
 
@@ -190,22 +184,38 @@ def group_norm(weights: Params, x: Float[Array, "B H W C"], config: VAEConfig) -
     return (y * weights["scale"] + weights["bias"]).astype(x.dtype)
 
 
-def _pad(x):
+def pad(x: Float[Array, "B H W C"]) -> Array:
+    """One zero pixel on every side."""
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
 def _res_block(weights, x, config):
     y = jax.nn.silu(group_norm(weights["norm1"], x, config))
-    y = convolve(weights["conv1"], _pad(y))
+    y = convolve(weights["conv1"], pad(y))
     y = jax.nn.silu(group_norm(weights["norm2"], y, config))
-    y = convolve(weights["conv2"], _pad(y))
+    y = convolve(weights["conv2"], pad(y))
     return y + (convolve(weights["nin_shortcut"], x) if "nin_shortcut" in weights else x)
 
 
-def _middle(weights, x, config):
-    x = _res_block(weights["block_1"], x, config)
-    x = attention_block(weights["attn_1"], x, config)
-    return _res_block(weights["block_2"], x, config)
+def encoder_level(weights: Params, x: Float[Array, "B H W C"], config: VAEConfig) -> Array:
+    """Residual blocks, then a halving of the image on every level but the last."""
+    for j in range(config.num_res_blocks):
+        x = _res_block(weights["block"][str(j)], x, config)
+    if "downsample" in weights:
+        # Only right and bottom are padded, as in the public checkpoint.
+        x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        x = convolve(weights["downsample"]["conv"], x, stride=2)
+    return x
+
+
+def middle(weights: Params, x: Float[Array, "B H W C"], config: VAEConfig) -> Array:
+    """The lowest resolution: residual block, attention, residual block."""
+    return _res_block(weights["block_2"], middle_attention(weights, x, config), config)
+
+
+def middle_attention(weights: Params, x: Float[Array, "B H W C"], config: VAEConfig) -> Array:
+    """The first two thirds of `middle`."""
+    return attention_block(weights["attn_1"], _res_block(weights["block_1"], x, config), config)
 
 
 def attention_block(weights: Params, x: Float[Array, "B H W C"], config: VAEConfig) -> Array:

@@ -145,21 +145,34 @@ def vit_segment(
     columns: int,
 ) -> Segment:
     """A picture as ViT tokens between its markers; `features` come from `navit.forward`."""
-    x = connect(params, config, features, rows, columns)
+    ids = navit.grid_ids(rows, columns, config.vit.max_patches_per_side)
+    x = connect(params, config, features, ids)
     marks = _markers(params, config, tokenizer, x.shape[0])
     und = jnp.concatenate([marks[:, :1], x, marks[:, 1:]], axis=1)
     return Segment(und, _no_gen(und), None, "full")
 
 
 def connect(
-    params: Params, config: UMMConfig, features: Float[Array, "B n F"], rows: int, columns: int
+    params: Params, config: UMMConfig, features: Float[Array, "B n F"], ids: Int[Array, "n"]
 ) -> Float[Array, "B n D"]:
-    """ViT features in the decoder's width, with their grid position."""
+    """ViT features in the decoder's width, with the position of their cells in the grid."""
     weights = params["adapters"]["connector"]
     x = jax.nn.gelu(navit.linear(weights["fc1"], features), approximate=True)
     x = navit.linear(weights["fc2"], x).astype(config.mot.dtype)
-    ids = navit.grid_ids(rows, columns, config.vit.max_patches_per_side)
     return x + params["position_tables"]["vit"][ids].astype(x.dtype)
+
+
+def embed_latents(
+    params: Params,
+    config: UMMConfig,
+    tokens: Float[Array, "B n v"],
+    ids: Int[Array, "n"],
+    t: Float[Array, "*B"],
+) -> Float[Array, "B n D"]:
+    """Latent tokens in the decoder's width, float32, with the position of their cells in the grid
+    and their flow time (0 for clean ones), which broadcasts against [B, n]."""
+    x = navit.linear(params["adapters"]["vae2llm"], tokens) + embed_time(params, t)
+    return x + params["position_tables"]["latent"][ids]
 
 
 def latent_segment(
@@ -179,13 +192,11 @@ def latent_segment(
         t: None for a clean condition image (embedded as time 0).
         current: clean tokens of the frame that a residual target is the difference to.
     """
-    adapters = params["adapters"]
-    time = jnp.zeros(tokens.shape[:1]) if t is None else t
-    x = navit.linear(adapters["vae2llm"], tokens) + embed_time(params, time)[:, None]
     ids = navit.grid_ids(rows, columns, config.max_latent_side)
-    x = x + params["position_tables"]["latent"][ids]
+    time = jnp.zeros(tokens.shape[:1]) if t is None else t
+    x = embed_latents(params, config, tokens, ids, time[:, None])
     if current is not None:
-        x = x + navit.linear(adapters["current2llm"], current)
+        x = x + navit.linear(params["adapters"]["current2llm"], current)
     x = x.astype(config.mot.dtype)
     attention = "full" if t is None else "noise"
     return Segment(_markers(params, config, tokenizer, x.shape[0]), x, None, attention)

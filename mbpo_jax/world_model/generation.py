@@ -121,23 +121,38 @@ def generate(
     columns: int,
     current: Float[Array, "B n v"] | None = None,
 ) -> Float[Array, "B n v"]:
-    """Tokens at t = 0 by Euler steps x <- x - v (t_i - t_{i+1}) from `noise` at t = 1.
+    """Tokens at t = 0 by Euler steps x <- x - v (t_i - t_{i+1}) from `noise` at t = 1."""
+    return trajectory(params, config, tokenizer, contexts, noise, rows, columns, current)[0]
 
-    The time steps are static, so steps outside the guidance interval evaluate the full context
-    alone.
+
+def trajectory(
+    params: Params,
+    config: UMMConfig,
+    tokenizer: Tokenizer,
+    contexts: Contexts,
+    noise: Float[Array, "B n v"],
+    rows: int,
+    columns: int,
+    current: Float[Array, "B n v"] | None = None,
+) -> tuple[Array, Array, Array]:
+    """`generate`, with the states and velocities [steps, B, n, v] of every step.
+
+    The times are static, so steps outside the guidance interval evaluate the full context alone.
     """
     times = sampling_times(config.num_timesteps, config.sample_timestep_shift)
     active = [guidance.is_active(config.guidance, t) for t in times[:-1]]
     steps = list(zip(times[:-1], times[:-1] - times[1:], active))
-    x = noise
+    x, states, velocities = noise, [], []
     for guide, run in itertools.groupby(steps, key=lambda step: step[2]):
         used = contexts if guide else Contexts(contexts.full)
 
         def euler(x, step, used=used):
             t, size = step
             v = guided_velocity(params, config, tokenizer, used, x, t, rows, columns, current)
-            return x - v * size, None
+            return x - v * size, (x, v)
 
-        run = [(t, size) for t, size, _ in run]
-        x, _ = jax.lax.scan(euler, x, tuple(jnp.asarray(column) for column in zip(*run)))
-    return x
+        times_and_sizes = np.asarray([(t, size) for t, size, _ in run]).T
+        x, (xs, vs) = jax.lax.scan(euler, x, tuple(jnp.asarray(times_and_sizes)))
+        states.append(xs)
+        velocities.append(vs)
+    return x, jnp.concatenate(states), jnp.concatenate(velocities)

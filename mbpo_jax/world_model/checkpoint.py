@@ -1,0 +1,335 @@
+"""Released BAGEL checkpoints (layout of ByteDance-Seed/BAGEL-7B-MoT): read into sharded arrays,
+written back exactly.
+
+A directory holds `ema.safetensors` (or `model.safetensors`), `ae.safetensors`, `llm_config.json`
+and `vit_config.json`. Sizes that the JSON files leave out are read off the arrays' shapes.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mbpo_jax.models import vae as vae_model
+from mbpo_jax.models.navit import NaViTConfig
+from mbpo_jax.models.qwen2_mot import MoTConfig
+from mbpo_jax.models.vae import VAEConfig
+from mbpo_jax.types import Params
+from mbpo_jax.world_model import bagel
+from mbpo_jax.world_model.config import UMMConfig
+
+MODEL_FILES = ("ema.safetensors", "model.safetensors")
+VAE_FILE = "ae.safetensors"
+# BAGEL's code fixes these for its autoencoder; a vae_config.json overrides them.
+FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
+
+_ADAPTERS = {
+    "time_embedder.fc1": "time_embedder.mlp.0",
+    "time_embedder.fc2": "time_embedder.mlp.2",
+}
+# Part of a world model, not of a released checkpoint.
+_OWN_ADAPTERS = ("action2llm", "current2llm")
+
+
+def load_bagel(
+    directory: str | Path,
+    config: UMMConfig,
+    shardings: Callable[[Params], Params] | None = None,
+) -> tuple[UMMConfig, Params]:
+    """Configuration and parameters {"mot", "vit", "adapters", "position_tables", "vae"}.
+
+    Args:
+        config: its choices are kept (prediction, guidance, image sizes, dtypes, ...); the sizes of
+            the networks are replaced by the checkpoint's.
+        shardings: from a tree of shapes to a tree of `jax.sharding.Sharding`; each device then
+            reads its own part only. None puts everything on the first device.
+
+    Raises:
+        ValueError: a file is missing or truncated, or arrays are missing, unexpected or of another
+            shape; all of them are named in one message.
+    """
+    directory = Path(directory)
+    with_weights = {**_open(_model_file(directory)), **_open(_existing(directory / VAE_FILE))}
+    shapes = {name: tuple(f.get_slice(name).get_shape()) for name, f in with_weights.items()}
+    config = read_config(directory, config, shapes)
+
+    released = dataclasses.replace(config, actions_as="text", prediction="velocity")
+    tree = jax.eval_shape(lambda: _fresh(released, 0))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = {_path(path): _sources(_path(path), leaf.shape) for path, leaf in leaves}
+    # A world model that was saved again carries its own adapters too.
+    extra = sorted(n for n in shapes if n.split(".")[0] in _OWN_ADAPTERS)
+    _account(names, {_path(path): leaf.shape for path, leaf in leaves}, shapes, extra)
+
+    placed = shardings(tree) if shardings else None
+    placed = jax.tree.leaves(placed) if placed is not None else [None] * len(leaves)
+    arrays = [
+        _read(names[_path(path)], _path(path), leaf.shape, with_weights, sharding)
+        for (path, leaf), sharding in zip(leaves, placed)
+    ]
+    params = jax.tree_util.tree_unflatten(structure, arrays)
+    for name in extra:
+        adapter, kind = name.split(".")
+        array = with_weights[name].get_tensor(name)
+        leaf = {"kernel": array.T} if kind == "weight" else {"bias": array}
+        params["adapters"].setdefault(adapter, {}).update(jax.tree.map(jax.numpy.asarray, leaf))
+    return config, params
+
+
+def save_bagel(directory: str | Path, config: UMMConfig, params: Params) -> None:
+    """Writes the layout that `load_bagel` reads; other keys of `params` are left out.
+
+    Raises:
+        ValueError: the directory already holds a checkpoint.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if any((directory / name).exists() for name in MODEL_FILES):
+        raise ValueError(f"{directory} already holds a checkpoint: choose another directory.")
+    named = export_arrays({k: v for k, v in params.items() if k != "statistics"})
+    of_vae = {n: x for n, x in named.items() if n.startswith(("encoder.", "decoder."))}
+    save_file({n: x for n, x in named.items() if n not in of_vae}, directory / MODEL_FILES[0])
+    save_file(of_vae, directory / VAE_FILE)
+    mot, vit, vae = config.mot, config.vit, config.vae
+    documents = {
+        "llm_config.json": {
+            "model_type": "qwen2",
+            "hidden_size": mot.hidden_size,
+            "intermediate_size": mot.mlp_size,
+            "num_hidden_layers": mot.num_layers,
+            "num_attention_heads": mot.num_heads,
+            "num_key_value_heads": mot.num_kv_heads,
+            "rms_norm_eps": mot.norm_eps,
+            "rope_theta": mot.rope_theta,
+            "vocab_size": mot.vocab_size,
+        },
+        "vit_config.json": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": vit.hidden_size,
+            "intermediate_size": vit.mlp_size,
+            # The released file counts one layer more than the weights have.
+            "num_hidden_layers": vit.num_layers + 1,
+            "num_attention_heads": vit.num_heads,
+            "patch_size": vit.patch_size,
+            "layer_norm_eps": vit.norm_eps,
+        },
+        "vae_config.json": {"scale_factor": vae.scale_factor, "shift_factor": vae.shift_factor},
+    }
+    for name, document in documents.items():
+        (directory / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def export_arrays(params: Params) -> dict[str, np.ndarray]:
+    """Arrays under their released names, in PyTorch's layouts."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = _path(path)
+        sources = _sources(path, leaf.shape)
+        for i, name in enumerate(sources):
+            array = np.asarray(leaf[i] if _stacked(path) else leaf)
+            named[name] = np.ascontiguousarray(_transpose(path, name, array))
+    return named
+
+
+def read_config(
+    directory: Path, config: UMMConfig, shapes: dict[str, tuple[int, ...]]
+) -> UMMConfig:
+    """`config` with the checkpoint's sizes."""
+    llm = json.loads(_existing(directory / "llm_config.json").read_text(encoding="utf-8"))
+    vit = json.loads(_existing(directory / "vit_config.json").read_text(encoding="utf-8"))
+    vae_file = directory / "vae_config.json"
+    vae = json.loads(vae_file.read_text(encoding="utf-8")) if vae_file.exists() else {}
+
+    def shape(name):
+        if name not in shapes:
+            raise ValueError(f"The checkpoint in {directory} has no array {name!r}.")
+        return shapes[name]
+
+    patch_values = shape("vit_model.vision_model.embeddings.patch_embedding.weight")[1]
+    widths = [0] * (1 + max(_numbers(shapes, r"encoder\.down\.(\d+)\.")))
+    for i in range(len(widths)):
+        widths[i] = shape(f"encoder.down.{i}.block.0.conv1.weight")[0]
+    channels, pixels = shape("encoder.conv_in.weight")[:2]
+    z_channels = shape("decoder.conv_in.weight")[1]
+    return dataclasses.replace(
+        config,
+        mot=MoTConfig(
+            vocab_size=shape("language_model.lm_head.weight")[0],
+            hidden_size=llm["hidden_size"],
+            num_layers=llm["num_hidden_layers"],
+            num_heads=llm["num_attention_heads"],
+            num_kv_heads=llm["num_key_value_heads"],
+            mlp_size=llm["intermediate_size"],
+            rope_theta=llm["rope_theta"],
+            norm_eps=llm["rms_norm_eps"],
+            dtype=config.mot.dtype,
+            remat=config.mot.remat,
+        ),
+        vit=NaViTConfig(
+            hidden_size=vit["hidden_size"],
+            num_layers=1 + max(_numbers(shapes, r"vit_model\..*\.layers\.(\d+)\.")),
+            num_heads=vit["num_attention_heads"],
+            mlp_size=vit["intermediate_size"],
+            patch_size=math.isqrt(patch_values // 3),
+            max_patches_per_side=math.isqrt(shape("vit_pos_embed.pos_embed")[0]),
+            norm_eps=vit.get("layer_norm_eps", 1e-6),
+            dtype=config.vit.dtype,
+        ),
+        vae=VAEConfig(
+            channels=channels,
+            multipliers=tuple(w // channels for w in widths),
+            num_res_blocks=1 + max(_numbers(shapes, r"encoder\.down\.\d+\.block\.(\d+)\.")),
+            z_channels=z_channels,
+            scale_factor=vae.get("scale_factor", FLUX_SCALE),
+            shift_factor=vae.get("shift_factor", FLUX_SHIFT),
+            norm_groups=32,
+            patch_size=math.isqrt(pixels // 3),
+            dtype=config.vae.dtype,
+        ),
+        latent_patch=math.isqrt(shape("vae2llm.weight")[1] // z_channels),
+        max_latent_side=math.isqrt(shape("latent_pos_embed.pos_embed")[0]),
+    )
+
+
+def _fresh(config: UMMConfig, seed: int) -> Params:
+    key = jax.random.key(seed)
+    return {**bagel.init(config, 1, key), "vae": vae_model.init(config.vae, key)}
+
+
+def _path(path) -> str:
+    return ".".join(str(entry.key) for entry in path)
+
+
+def _stacked(path: str) -> bool:
+    return path.startswith(("mot.layers.", "vit.layers."))
+
+
+def _sources(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Released names of the array at `path`; one per layer where layers are stacked."""
+    room, rest = path.split(".", 1)
+    if room == "position_tables":
+        return [f"{rest}_pos_embed.pos_embed"]
+    module, leaf = rest.rsplit(".", 1)
+    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
+    if room == "vae":
+        return [f"{module}.{leaf}"]
+    if room == "adapters":
+        return [f"{_ADAPTERS.get(module, module)}.{leaf}"]
+    if room == "vit":
+        return _vit_names(module, leaf, shape)
+    if module.startswith("layers."):
+        _, expert, module = module.split(".", 2)
+        module = _with_expert(module, expert)
+        prefix = "language_model.model.layers"
+        return [f"{prefix}.{i}.{module}.{leaf}" for i in range(shape[0])]
+    if module.startswith("norm."):
+        return [f"language_model.model.{_with_expert('norm', module[5:])}.{leaf}"]
+    prefix = "language_model" if module == "lm_head" else "language_model.model"
+    return [f"{prefix}.{module}.{leaf}"]
+
+
+def _vit_names(module, leaf, shape):
+    prefix = "vit_model.vision_model"
+    if module.startswith("layers."):
+        module = module.removeprefix("layers.")
+        return [f"{prefix}.encoder.layers.{i}.{module}.{leaf}" for i in range(shape[0])]
+    if module != "post_layernorm":
+        prefix += ".embeddings"
+    return [f"{prefix}.{module}.{leaf}"]
+
+
+def _with_expert(module, expert):
+    if expert == "und":
+        return module
+    if module.startswith("mlp."):
+        return module.replace("mlp.", "mlp_moe_gen.", 1)
+    return f"{module}_moe_gen"
+
+
+def _transpose(path: str, name: str, array: np.ndarray) -> np.ndarray:
+    """From our layout (one layer) to PyTorch's: [in, out] -> [out, in], HWIO -> OIHW."""
+    if not path.endswith(".kernel"):
+        return array
+    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+
+
+def _released_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = shape[1:] if _stacked(path) else shape
+    if not path.endswith(".kernel"):
+        return shape
+    return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
+
+
+def _account(names, ours, shapes, extra):
+    expected = {
+        name: _released_shape(path, ours[path]) for path, group in names.items() for name in group
+    }
+    missing = sorted(set(expected) - set(shapes))
+    unexpected = sorted(set(shapes) - set(expected) - set(extra))
+    wrong = [
+        f"{n}: {shapes[n]} instead of {expected[n]}"
+        for n in sorted(set(expected) & set(shapes))
+        if shapes[n] != expected[n]
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+    if any(lists.values()):
+        found = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in lists.items() if v)
+        raise ValueError(f"The checkpoint does not fit its configuration. Arrays {found}.")
+
+
+def _read(sources, path, shape, files, sharding):
+    def part(index):
+        rows = range(*index[0].indices(shape[0])) if _stacked(path) else [0]
+        inner = index[1:] if _stacked(path) else index
+        layers = [_read_one(files, sources[i], path, inner) for i in rows]
+        return np.stack(layers) if _stacked(path) else layers[0]
+
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _read_one(files, name, path, index):
+    """The part `index` (in our layout) of one released array, in our layout."""
+    stored: Any = files[name].get_slice(name)
+    if not path.endswith(".kernel"):
+        return stored[tuple(index)]
+    if len(index) == 2:
+        return stored[index[1], index[0]].T
+    return stored[index[3], index[2], index[0], index[1]].transpose(2, 3, 1, 0)
+
+
+def _open(path: Path):
+    try:
+        file = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
+    return {name: file for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _model_file(directory: Path) -> Path:
+    for name in MODEL_FILES:
+        if (directory / name).exists():
+            return directory / name
+    raise ValueError(f"{directory} holds neither {MODEL_FILES[0]} nor {MODEL_FILES[1]}.")
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path} is missing: it belongs to a BAGEL checkpoint.")
+    return path
+
+
+def _numbers(names, pattern: str) -> list[int]:
+    found = [int(m.group(1)) for m in (re.match(pattern, n) for n in names) if m]
+    if not found:
+        raise ValueError(f"The checkpoint has no array whose name matches {pattern!r}.")
+    return found
