@@ -83,7 +83,7 @@ class EnvPool:
         cameras: Sequence[str] = libero.CAMERAS,
         image_size: int = 64,
         chunk: int = 10,
-        timeout_s: float = 300.0,
+        timeout_s: float = 600.0,
     ):
         if num_workers < 1:
             raise ValueError(f"a pool needs at least one worker, not {num_workers}")
