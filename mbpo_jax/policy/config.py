@@ -35,6 +35,15 @@ class CriticConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters; `Pi0Config.frozen` says what is frozen beside them."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 16.0  # their product is scaled by alpha / rank
+    modules: tuple[str, ...] = ("PaliGemma/llm/layers/(attn|mlp)",)  # patterns of weight paths
+
+
+@dataclasses.dataclass(frozen=True)
 class Pi0Config:
     """π0.5, or π0 with `pi05=False`, at any size."""
 
@@ -50,6 +59,13 @@ class Pi0Config:
     normalization: str = "quantile"  # of actions and proprioception: "quantile" or "zscore"
     flow: FlowConfig = FlowConfig()
     critic: CriticConfig = CriticConfig()
+    lora: LoraConfig = LoraConfig()
+    frozen: tuple[str, ...] = ()  # patterns of paths of parameters that are not trained
+    augment: bool = False  # random crop, rotation and colour of the frames in the SFT loss
+    wrist_cameras: tuple[str, ...] = ("robot0_eye_in_hand",)  # never cropped or rotated
+    advantage_conditioned: bool = False  # an optimality token ends the prompt (π*0.6)
+    condition_dropout: float = 0.3  # share of SFT examples that do not see that token
+    guidance: float = 1.0  # classifier-free guidance towards "optimal" in `FlowPolicy.act`
     eval_steps: int = 10  # Euler steps of the deterministic sampler
     times_per_example: int = 1  # flow times per encoded prefix in the SFT loss
     resize_images: bool = False  # resize square frames to vision.image_size; else other sizes fail

@@ -120,6 +120,18 @@ def learned_std(layers: list, features: jax.Array, std_range: tuple[float, float
     return jnp.exp(0.5 * (low + (high - low) * unit))
 
 
+def guided(
+    conditional: VelocityFunction, unconditional: VelocityFunction, scale: float
+) -> VelocityFunction:
+    """Classifier-free guidance: v = v_u + scale·(v_c − v_u) (Ho & Salimans, arXiv 2207.12598)."""
+
+    def velocity(x: jax.Array, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        (towards, features), (base, _) = conditional(x, times), unconditional(x, times)
+        return base + scale * (towards - base), features
+
+    return velocity
+
+
 def sample_ode(velocity: VelocityFunction, noise: jax.Array, steps: int) -> jax.Array:
     """Euler integration from `noise` [B, k, D] to data [B, k, D].
 

@@ -50,6 +50,21 @@ def prompt(observation: Observation, config: Pi0Config) -> Prompt:
     return Prompt(observation.prompt.tokens[:, :budget], observation.prompt.mask[:, :budget])
 
 
+def with_optimality(
+    prompt: Prompt, config: Pi0Config, optimal: jax.Array, shown: jax.Array
+) -> Prompt:
+    """The prompt with one more token that says whether the chunk to come is a good one.
+
+    The vocabulary's last two ids are that token. `optimal`, `shown`: bool [B]; where `shown` is
+    False the token is masked, so the policy is unconditional (π*0.6, arXiv 2511.14759).
+    """
+    token = jnp.where(optimal, config.vocab_size - 1, config.vocab_size - 2).astype(jnp.int32)
+    return Prompt(
+        jnp.concatenate([prompt.tokens, token[:, None]], axis=1),
+        jnp.concatenate([prompt.mask, shown[:, None]], axis=1),
+    )
+
+
 def pad(x: jax.Array, action_dim: int, name: str) -> jax.Array:
     """Zero-pads the last axis to `action_dim`.
 
