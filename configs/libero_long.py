@@ -159,13 +159,13 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.tasks = (5,)
     c.image_size = 64
     c.workers = 2
-    c.max_steps = 200  # the scripted expert needs about 65
+    c.max_steps = 200  # the scripted expert needs about 80
     c.parallel.fsdp = 1
     c.demonstrations.episodes_per_task = 80
 
-    c.sft.steps = 700
+    c.sft.steps = 2000
     c.sft.batch_size = 32
-    c.sft.learning_rate = 1e-3
+    c.sft.learning_rate = 1.5e-3
     c.sft.warmup_steps = 50
     c.sft.log_every = 20
     c.sft.checkpoint_every = 200

@@ -168,7 +168,7 @@ def measure_fidelity(
     key = jax.random.key(config.seed + 3)
     report = {
         "held_out_transitions": len(source),
-        "fidelity": metrics.fidelity(world, params, chosen, key),
+        "fidelity": _plain(metrics.fidelity(world, params, chosen, key)),
         "reward": _reward_quality(world, params, reward_examples(episodes, builder)),
     }
     sequences = transition_sequences(episodes, builder, config.chunk, config.world_model.horizon)
@@ -177,7 +177,8 @@ def measure_fidelity(
     some = collate([sequences[i] for i in _spread(len(sequences), 64)])
     observation = jax.tree.map(lambda x: x[:, 0], some.observation)
     time_major = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), (some.actions, some.next_images))
-    report["horizon"] = metrics.horizon_curve(world, params, observation, *time_major, key)
+    curves = metrics.horizon_curve(world, params, observation, *time_major, key)
+    report["horizon"] = _plain(curves)
     _save_film_strips(world, params, some, key, directory / "fidelity.npz")
     return report
 
@@ -192,7 +193,7 @@ def _reward_quality(world: UMMWorld, params: Params, examples: Source) -> dict:
         labels.append(batch.label[: len(rows)])
     labels, probabilities = np.concatenate(labels), np.concatenate(probabilities)
     return {
-        **metrics.classification(probabilities, labels),
+        **_plain(metrics.classification(probabilities, labels)),
         "frames": len(labels),
         "yes_frames": int(labels.sum()),
     }
@@ -215,6 +216,11 @@ def _save_film_strips(world: UMMWorld, params: Params, sequences, key, path: Pat
             [start[camera][:, None], chosen.next_images[camera]], 1
         )
     np.savez_compressed(path, **arrays)
+
+
+def _plain(numbers):
+    """The same tree with Python's numbers and lists, for JSON."""
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), numbers)
 
 
 def _spread(total: int, wanted: int) -> np.ndarray:
