@@ -16,7 +16,7 @@ def test_windows_run_over_the_end_by_repeating_the_last_action():
 
 def test_frames_are_strided_and_hold_the_end():
     np.testing.assert_array_equal(
-        strided_timesteps(17, stride=5, offset=2), [2, 7, 12, 13, 14, 15, 16, 17]
+        strided_timesteps(17, stride=5, offset=3), [3, 8, 13, 14, 15, 16, 17]
     )
     # Shorter than the success frames: nothing before the start.
     np.testing.assert_array_equal(strided_timesteps(3, stride=5, offset=4), [0, 1, 2, 3])
