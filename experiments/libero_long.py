@@ -12,6 +12,7 @@ Started again in the same working directory, a run continues where it stopped; f
 skipped. The variant `micro` (the default) takes about half an hour on two CPU cores.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -23,21 +24,22 @@ CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 
 def run_suite(name: str) -> None:
     """The command line of one suite: flags --config, --workdir and --stages."""
-    config_flag = config_flags.DEFINE_config_file(
-        "config",
-        str(CONFIG_DIRECTORY / f"{name}.py:micro"),
-        f"configs/{name}.py:VARIANT, variant micro, small or paper. Any entry can be overridden: "
-        "--config.rl.branch_chunks=1",
-    )
-    workdir = flags.DEFINE_string(
-        "workdir", None, f"where everything is written; runs/{name}_VARIANT by default"
-    )
-    stages = flags.DEFINE_list(
-        "stages",
-        [],
-        "comma-separated stages to run: demonstrations, sft, rollouts, world_model, improve, "
-        "evaluate, report; all by default",
-    )
+    with _one_message():
+        config_flag = config_flags.DEFINE_config_file(
+            "config",
+            str(CONFIG_DIRECTORY / f"{name}.py:micro"),
+            f"configs/{name}.py:VARIANT (micro, small or paper). Any entry can be overridden: "
+            "--config.rl.branch_chunks=1",
+        )
+        workdir = flags.DEFINE_string(
+            "workdir", None, f"where everything is written; runs/{name}_VARIANT by default"
+        )
+        stages = flags.DEFINE_list(
+            "stages",
+            [],
+            "comma-separated stages to run: demonstrations, sft, rollouts, world_model, improve, "
+            "evaluate, report; all by default",
+        )
 
     def main(argv):
         if len(argv) > 1:
@@ -47,8 +49,23 @@ def run_suite(name: str) -> None:
         variant = _variant(config_flags.get_config_filename(flags.FLAGS["config"]))
         pipeline.main(config_flag.value, workdir.value or f"runs/{name}_{variant}", stages.value)
 
-    sys.modules["__main__"].__doc__ = sys.modules["__main__"].__doc__ or __doc__
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    with _one_message():
+        return flags.FLAGS(argv)
+
+
+@contextlib.contextmanager
+def _one_message():
+    """A wrong entry, value or variant on the command line is one message and exit status 1."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        message = str(error.args[0] if error.args else error).replace("\\n", "\n")
+        print(f"error: {message.strip()}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _variant(config_file: str) -> str:

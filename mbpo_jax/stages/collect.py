@@ -139,7 +139,9 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
 
 
 def make_pool(config: Config) -> EnvPool:
-    """The simulator workers of a config."""
+    """The simulator workers of a config; a suite or task that does not exist is a ValueError."""
+    for task in config.tasks:
+        task_info(config.suite, task)
     return EnvPool(
         config.suite,
         num_workers=config.workers,
