@@ -171,21 +171,21 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.sft.checkpoint_every = 200
 
     w = c.world_model
-    w.max_prompt_tokens = 24
+    w.max_prompt_tokens = 16
     w.dynamics_batch_size = 32
     w.reward_batch_size = 32
     w.reward_weight = 0.1
-    w.vae_training.steps = 400
+    w.vae_training.steps = 300
     w.vae_training.learning_rate = 2e-3
     w.vae_training.batch_size = 32
-    w.training.steps = 600
+    w.training.steps = 500
     w.training.learning_rate = 1e-3
     w.training.warmup_steps = 50
     w.training.checkpoint_every = 200
 
-    c.rl.start_states = 128
+    c.rl.start_states = 256
     c.rl.imagination_batch = 64
-    c.rl.updates = 101
+    c.rl.updates = 200
     c.rl.updates_per_refill = 10
     c.rl.critic_warmup = 20
     c.rl.minibatch_size = 128

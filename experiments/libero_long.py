@@ -64,6 +64,8 @@ def _one_message():
         yield
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
         message = str(error.args[0] if error.args else error).replace("\\n", "\n")
+        if "Traceback" in message:  # of the config file; its last line says what is wrong
+            message = message.rpartition("Error: ")[2]
         print(f"error: {message.strip()}", file=sys.stderr)
         sys.exit(1)
 

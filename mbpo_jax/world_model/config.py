@@ -77,7 +77,7 @@ def micro() -> UMMConfig:
         targets_per_example=2,
         train_timestep_shift=1.0,
         sample_timestep_shift=1.0,
-        num_timesteps=5,
+        num_timesteps=3,
         freeze_vit=False,
     )
 
