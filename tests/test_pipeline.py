@@ -29,6 +29,7 @@ def tiny_config():
 
 
 @pytest.mark.libero
+@pytest.mark.timeout(1500)
 def test_end_to_end(tmp_path, capsys):
     pytest.importorskip("libero", reason="the simulator is not installed (extra: libero)")
     pipeline.run(tiny_config(), tmp_path)

@@ -73,15 +73,19 @@ class UMMWorld:
     def init(self, key: Array) -> Params:
         """Fresh parameters {"mot", "vit", "adapters", "position_tables", "vae", "statistics"}."""
         model_key, vae_key = jax.random.split(key)
-        z = self.config.vae.z_channels
         params = bagel.init(self.config, self.action_dim, model_key)
         params["vae"] = vae.init(self.config.vae, vae_key)
-        params["statistics"] = {
+        params["statistics"] = self.neutral_statistics()
+        return params
+
+    def neutral_statistics(self) -> Params:
+        """Latent statistics that change nothing, as released models have them."""
+        z = self.config.vae.z_channels
+        return {
             "latent_mean": jnp.zeros(z),
             "latent_std": jnp.ones(z),
             "residual_scale": {camera: jnp.ones(()) for camera in self.cameras},
         }
-        return params
 
     # Imagination
 
