@@ -53,7 +53,9 @@ def coefficients(results: dict, against: str) -> Figure:
                     label=name, linewidth=2.2 if kind == "branch" else 1.6,
                 )  # fmt: skip
         axis.set_yscale("log")
-        if against != "n":
+        if against == "n":
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        else:
             axis.set_xscale("log")
         axis.set_xlabel(label[against])
         axis.set_title(f"coefficient of {title}")
@@ -86,11 +88,12 @@ def ratios(results: dict) -> Figure:
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(np.arange(len(claims.CLAIMS)) + 0.15)
     axis.set_yticklabels([claim.name for claim in reversed(claims.CLAIMS)], fontsize=8)
-    axis.set_xlim(-6, 1.25)
+    axis.set_xlim(-6, 1.3)
+    axis.set_ylim(-0.3, len(claims.CLAIMS))
     axis.set_xticks(range(-6, 1))
     axis.set_xticklabels([f"$10^{{{tick}}}$" if tick else "1" for tick in range(-6, 1)])
     axis.set_xlabel(
-        "gap / bound: histogram and largest (bar) on random problems; "
+        "gap / bound: histogram and largest (bar) on random problems;\n"
         "adversarial maximum (dot or arrow, value at the right)"
     )
     return figure

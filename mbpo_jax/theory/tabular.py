@@ -175,33 +175,6 @@ def branched_returns(
     return returns
 
 
-def decoded_returns(
-    initial: Float[Array, "S"],
-    data_occupancy: Float[Array, "S"],
-    data_kernel: Float[Array, "S S"],
-    model_kernel: Float[Array, "S S"],
-    goal: Float[Array, "S"],
-    gamma,
-    k: int,
-    n_max: int,
-) -> Float[Array, "n_max+1"]:
-    """Branched returns when a chunk earns γ^(k−1) goal(s') at its end, for n = 0, …, n_max.
-
-    The reward at chunk time i is read off the state i + 1, reached by max(i + 1 − n, 0) real and
-    min(i + 1, n) model chunks. A branch of n is thus a branch of n − 1 whose every chunk earns
-    the goal expected one model chunk later.
-    """
-    checks.check_chunk(k)
-    n_max = checks.check_finite_branch(n_max)
-    at_data = (data_occupancy @ data_kernel @ goal)[None]
-    if n_max == 0:
-        return gamma ** (k - 1) * at_data
-    rest = branched_returns(
-        initial, data_occupancy, model_kernel, model_kernel @ goal, gamma**k, n_max - 1
-    )
-    return gamma ** (k - 1) * jnp.concatenate([at_data, rest])
-
-
 # --- State distributions and errors --------------------------------------------------------------
 
 
@@ -219,11 +192,6 @@ def state_distributions(
     return rows
 
 
-def worst_over_time(distributions: Float[Array, "H S"], error: Float[Array, "*j S"]):
-    """max over times (and j) of the expected error."""
-    return (distributions @ jnp.atleast_2d(error).T).max()
-
-
 class ErrorProfile(NamedTuple):
     """Model error of one model, total variation, in the ways a bound may measure it.
 
@@ -239,32 +207,14 @@ class ErrorProfile(NamedTuple):
     branch: Float[Array, "n_max+1"]
 
 
-def error_profile(
-    error: Float[Array, "j S U"], worst, data_policy, policy, data_states, current_states, ahead
-) -> ErrorProfile:
-    """Expectations of `error` (j = 1 for chunk errors, k for step errors along a chunk).
-
-    `ahead` [n_max + 1, S, S]: powers of the true kernel under the current policy.
-    """
-    by_data = jnp.einsum("su,jsu->js", data_policy, error)
-    by_policy = jnp.einsum("su,jsu->js", policy, error)
-    later = jnp.einsum("nst,jt->snj", ahead, by_policy)
-    positions = jnp.einsum("hs,snj->nhj", data_states, later)
-    return ErrorProfile(
-        worst=worst,
-        data=worst_over_time(data_states, by_data),
-        current=worst_over_time(current_states, by_policy),
-        branch=positions.max((1, 2)),
-    )
-
-
 class Evaluation(NamedTuple):
     """Everything exact about one problem. Returns indexed by n have n_max + 1 entries.
 
     true: J(π). full_*: full horizon in the step model. branch_*: branches in the chunk model
-    (given), in the composed step model (accumulated). branch_true_model: given rewards and no
-    model error, what is left is the off-policy part. *_decoded use the goal r(s, 0) and
-    `true_decoded` as their truth; full_decoded is in the step model.
+    (given), in the composed step model (accumulated, composed: given rewards). branch_true_model:
+    given rewards and no model error, what is left is the off-policy part. *_decoded: a chunk earns
+    γ^(k−1) g(s') at its end, g(s) = r(s, 0); the state at its end was reached by max(i + 1 − n, 0)
+    real and min(i + 1, n) model chunks; full_decoded is in the step model.
     """
 
     true: Float[Array, ""]
@@ -300,45 +250,58 @@ def evaluate(problem: ChunkProblem, gamma, *, k: int, n_max: int, times: int) ->
     step_kernel, skip_kernel = under_policy(policy, composed), under_policy(policy, chunk_model)
     given = under_policy(policy, chunk_reward(step, reward, gamma, k))
     accumulated = under_policy(policy, chunk_reward(step_model, reward, gamma, k))
-    goal = reward[:, 0]
+    goal, last = reward[:, 0], gamma ** (k - 1)
 
+    # Like things are stacked and mapped, which makes the program smaller and faster to compile.
     by_data, by_policy, by_model = jax.vmap(occupancy, in_axes=(None, 0, None))(
         initial, jnp.stack([data_kernel, true_kernel, step_kernel]), discount
     )
+    branches = jax.vmap(branched_returns, in_axes=(None, None, 0, 0, None, None))(
+        initial,
+        by_data,
+        jnp.stack([skip_kernel, true_kernel, step_kernel, step_kernel, skip_kernel]),
+        jnp.stack([given, given, accumulated, given, last * (skip_kernel @ goal)]),
+        discount,
+        n_max,
+    )
+    # A decoded branch of n is a branch of n − 1 whose chunks earn the goal one chunk later.
+    decoded = jnp.concatenate([(last * (by_data @ data_kernel @ goal))[None], branches[4, :-1]])
 
-    def branch(model_kernel, state_reward):
-        return branched_returns(initial, by_data, model_kernel, state_reward, discount, n_max)
-
-    data_states = state_distributions(initial, data_kernel, times)
-    current_states = state_distributions(initial, true_kernel, times)
-    eye = jnp.eye(initial.shape[0], dtype=initial.dtype)
-    _, ahead = jax.lax.scan(lambda p, _: (p @ true_kernel, p), eye, length=n_max + 1)
-
-    def profile(error, worst):
-        return error_profile(error, worst, data_policy, policy, data_states, current_states, ahead)
-
+    policy_tv = total_variation(data_policy, policy)
     step_tv = total_variation(per_step(step, k), per_step(step_model, k))
     chunk_tv = total_variation(truth, chunk_model)
     composed_tv = total_variation(truth, composed)
-    policy_tv = total_variation(data_policy, policy)
+    errors = jnp.concatenate([along_chunk(step, step_tv, k), chunk_tv[None], composed_tv[None]])
+    data_states, current_states = jax.vmap(state_distributions, in_axes=(None, 0, None))(
+        initial, jnp.stack([data_kernel, true_kernel]), times
+    )
+    expected = jnp.einsum("psu,jsu->psj", jnp.stack([data_policy, policy]), errors)
+    data = data_states @ jnp.concatenate([expected[0], policy_tv[:, None]], axis=1)
+    current = current_states @ expected[1]
+    _, ahead = jax.lax.scan(lambda v, _: (true_kernel @ v, v), expected[1], length=n_max + 1)
+    branch = jnp.einsum("hs,nsj->nhj", data_states, ahead).max(1)
+
+    def profile(worst, rows):
+        return ErrorProfile(
+            worst, data[:, rows].max(), current[:, rows].max(), branch[:, rows].max(1)
+        )
+
     return Evaluation(
         true=by_policy @ given,
         full_given=by_model @ given,
         full_accumulated=by_model @ accumulated,
-        branch_given=branch(skip_kernel, given),
-        branch_true_model=branch(true_kernel, given),
-        branch_accumulated=branch(step_kernel, accumulated),
-        branch_composed=branch(step_kernel, given),
-        true_decoded=gamma ** (k - 1) * (by_policy @ true_kernel @ goal),
-        full_decoded=gamma ** (k - 1) * (by_model @ step_kernel @ goal),
-        branch_decoded=decoded_returns(
-            initial, by_data, data_kernel, skip_kernel, goal, gamma, k, n_max
-        ),
+        branch_given=branches[0],
+        branch_true_model=branches[1],
+        branch_accumulated=branches[2],
+        branch_composed=branches[3],
+        true_decoded=last * (by_policy @ true_kernel @ goal),
+        full_decoded=last * (by_model @ step_kernel @ goal),
+        branch_decoded=decoded,
         eps_pi_worst=policy_tv.max(),
-        eps_pi_data=worst_over_time(data_states, policy_tv),
-        step_error=profile(along_chunk(step, step_tv, k), step_tv.max()),
-        chunk_error=profile(chunk_tv[None], chunk_tv.max()),
-        composed_error=profile(composed_tv[None], composed_tv.max()),
+        eps_pi_data=data[:, -1].max(),
+        step_error=profile(step_tv.max(), slice(0, k)),
+        chunk_error=profile(chunk_tv.max(), slice(k, k + 1)),
+        composed_error=profile(composed_tv.max(), slice(k + 1, k + 2)),
     )
 
 
