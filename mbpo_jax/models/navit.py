@@ -5,6 +5,7 @@ Pictures of one shape form a batch, so NaViT's block-diagonal attention is plain
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class NaViTConfig:
 def init(config: NaViTConfig, key: Array) -> Params:
     """Fresh weights: fan-in scaled matrices, small learned positions, zero biases."""
     d, f, n = config.hidden_size, config.mlp_size, config.num_layers
-    keys = iter(jax.random.split(key, 8))
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
 
     def linear(*shape):
         kernel = jax.random.normal(next(keys), shape) / np.sqrt(shape[-2])

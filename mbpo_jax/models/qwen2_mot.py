@@ -13,6 +13,7 @@ G = N/K query heads per key/value head, H head size, L layers.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ class Cache:
 def init(config: MoTConfig, key: Array) -> Params:
     """Fresh weights: unit-variance embeddings, fan-in scaled matrices, zero biases."""
     d, h, f = config.hidden_size, config.head_dim, config.mlp_size
-    keys = iter(jax.random.split(key, 32))
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
 
     def matrix(*shape):
         return jax.random.normal(next(keys), shape) / np.sqrt(shape[-2])

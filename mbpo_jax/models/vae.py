@@ -5,6 +5,7 @@ NHWC throughout. The parameter tree mirrors the names of the public checkpoint
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class VAEConfig:
 
 def init(config: VAEConfig, key: Array) -> Params:
     """Fresh weights: fan-in scaled kernels, zero biases, the last convolution of a block zero."""
-    keys = iter(jax.random.split(key, 400))
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
 
     def conv(size, inputs, outputs, scale=1.0):
         kernel = jax.random.normal(next(keys), (size, size, inputs, outputs))

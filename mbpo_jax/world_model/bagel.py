@@ -4,6 +4,7 @@ the heads that read images and answers back.
 Parameters: {"mot", "vit", "adapters", "position_tables"}. Letters as in `models.qwen2_mot`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ class Tokenizer(Protocol):
 def init(config: UMMConfig, action_dim: int, key: Array) -> Params:
     """Fresh weights; the head that reads images is zero, so a first prediction is zero."""
     d, token = config.mot.hidden_size, config.token_size
-    keys = iter(jax.random.split(key, 10))
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
 
     def linear(inputs, outputs):
         kernel = jax.random.normal(next(keys), (inputs, outputs)) / np.sqrt(inputs)
