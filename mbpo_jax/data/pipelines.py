@@ -67,7 +67,7 @@ class ObservationBuilder:
         )
 
     def _tokenize(self, instruction: str) -> tuple[Prompt, Prompt]:
-        """The policy's prompt, and the world model's: a text block of BAGEL, between its markers."""
+        """The policy's prompt, and the world model's: a text block of BAGEL with its markers."""
         tokenizer, length = self._policy
         world, world_length = self._world
         block = [world.bos_id, *world.encode(instruction), world.eos_id]
