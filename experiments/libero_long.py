@@ -16,7 +16,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
@@ -44,6 +44,7 @@ def run_suite(name: str) -> None:
     def main(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
+        logging.set_verbosity(logging.WARNING)  # the checkpoint library tells every save
         from mbpo_jax import pipeline  # after the flags, so that --help is instant
 
         variant = _variant(config_flags.get_config_filename(flags.FLAGS["config"]))

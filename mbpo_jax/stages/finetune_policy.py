@@ -8,11 +8,12 @@ import numpy as np
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
 from mbpo_jax.data.pipelines import batches, demonstrations
+from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.stages.build import build_policy, observation_builder
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import fit
-from mbpo_jax.training.sharding import make_mesh
+from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 
 
 def finetune_policy(workspace: Workspace, directory: Path) -> dict:
@@ -28,6 +29,9 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     write_norm_stats(directory / "norm_stats.json", stats)
     policy = build_policy(config, stats)
     params = policy.init(jax.random.key(config.seed))
+    if config.pretrained.policy:
+        shardings = parameter_sharding(params["actor"], make_mesh(config.parallel.fsdp))
+        params["actor"] = load_openpi(config.pretrained.policy, policy.config, shardings)
 
     def loss_fn(actor, frozen, batch, key):
         return policy.loss(actor, batch.observation, batch.actions, key)

@@ -22,9 +22,10 @@ from mbpo_jax.stages.build import Config, build_world_model, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import fit
-from mbpo_jax.training.sharding import make_mesh
+from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 from mbpo_jax.types import Params
 from mbpo_jax.world_model import metrics
+from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 STATISTICS_FRAMES = 512
@@ -51,7 +52,7 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
     config = workspace.config
     train, held_out = world_model_episodes(workspace)
     world = build_world_model(config)
-    params = world.init(jax.random.key(config.seed))
+    params = _initial_params(config, world)
     builder = observation_builder(config)
     sources = transitions(train, builder, config.chunk)
     if len(sources) < config.world_model.dynamics_batch_size:
@@ -61,8 +62,8 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
         )
     if config.world_model.vae_training.steps:
         params = _train_vae(config, world, params, train, directory / "vae")
-    some = collate([sources[i] for i in _spread(len(sources), STATISTICS_FRAMES)])
-    params = world.set_latent_statistics(params, some.observation.images, some.next_images)
+        some = collate([sources[i] for i in _spread(len(sources), STATISTICS_FRAMES)])
+        params = world.set_latent_statistics(params, some.observation.images, some.next_images)
     params = _train_dynamics(config, world, params, sources, train, directory / "dynamics")
     save_params(directory / "world_model", params)
     report = measure_fidelity(config, world, params, held_out, directory)
@@ -74,6 +75,22 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         **report,
     }
+
+
+def _initial_params(config: Config, world: UMMWorld) -> Params:
+    """BAGEL's checkpoint where the config names one, else fresh parameters."""
+    if not config.pretrained.world_model:
+        return world.init(jax.random.key(config.seed))
+    mesh = make_mesh(config.parallel.fsdp)
+    sizes, params = load_bagel(
+        config.pretrained.world_model, world.config, lambda tree: parameter_sharding(tree, mesh)
+    )
+    if sizes != world.config:
+        raise StageError(
+            f"{config.pretrained.world_model} holds a model of other sizes than "
+            f"world_model.model: {sizes} there, {world.config} in the config"
+        )
+    return {**params, "statistics": world.neutral_statistics()}
 
 
 def _train_vae(
