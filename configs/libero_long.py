@@ -189,7 +189,6 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.rl.updates_per_refill = 10
     c.rl.critic_warmup = 20
     c.rl.minibatch_size = 128
-    c.rl.actor_lr = 5e-5
     c.rl.critic_lr = 1e-3
 
 
