@@ -3,19 +3,19 @@ import ml_collections
 import numpy as np
 import pytest
 
+from mbpo_jax.data.pipelines import Source
 from mbpo_jax.stages.improve_policy import optimize_policy
 from mbpo_jax.training.metrics import read_metrics
 from tests.toy import ToyPolicy, ToyWorld, observation
 
 
-class Starts:
+def start_at(i: int, frame: int):
     """Start positions 0.4 to 0.9: the goal at 1 is reached by moving to the right."""
+    return jax.tree.map(lambda x: x[0], observation([0.4 + i / 32]))
 
-    def __len__(self):
-        return 16
 
-    def __getitem__(self, i):
-        return jax.tree.map(lambda x: x[0], observation([0.4 + i / 32]))
+def starts(record=start_at) -> Source:
+    return Source(record, [(i, 0) for i in range(16)])
 
 
 def config(**changes) -> ml_collections.ConfigDict:
@@ -49,7 +49,7 @@ def config(**changes) -> ml_collections.ConfigDict:
 def optimize(directory, **changes):
     policy = ToyPolicy()
     return optimize_policy(
-        config(**changes), policy, ToyWorld(), policy.init(), {}, Starts(), directory=directory
+        config(**changes), policy, ToyWorld(), policy.init(), {}, starts(), directory=directory
     )
 
 
@@ -74,16 +74,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     class Killed(Exception):
         pass
 
-    class DyingStarts(Starts):
-        """Dies at the third refill."""
+    drawn = []
 
-        count = 0
-
-        def __getitem__(self, i):
-            DyingStarts.count += 1
-            if DyingStarts.count > 40:
-                raise Killed
-            return super().__getitem__(i)
+    def dying_at_the_third_refill(i, frame):
+        drawn.append(i)
+        if len(drawn) > 40:
+            raise Killed
+        return start_at(i, frame)
 
     policy = ToyPolicy()
     with pytest.raises(Killed):
@@ -93,7 +90,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
             ToyWorld(),
             policy.init(),
             {},
-            DyingStarts(),
+            starts(dying_at_the_third_refill),
             directory=tmp_path / "killed",
         )
     resumed = optimize(tmp_path / "killed", updates=15)
