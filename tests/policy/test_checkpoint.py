@@ -1,0 +1,74 @@
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mbpo_jax.policy import lora
+from mbpo_jax.policy.checkpoint import load_openpi, save_openpi
+from mbpo_jax.policy.config import FlowConfig, LoraConfig
+from mbpo_jax.policy.parity import fixture_config, nest
+
+from .conftest import TINY, make_policy
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "pi05" / "pi05_tiny"
+
+
+def assert_same_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("layout", ["params", "params_novalue"])
+def test_reads_both_layouts_exactly(layout):
+    actor = load_openpi(str(GOLDEN / layout), fixture_config(GOLDEN))
+    assert_same_trees(actor, nest(dict(np.load(GOLDEN / "params_flat.npz"))))
+
+
+def test_round_trip_leaves_only_the_network(tmp_path):
+    flow = FlowConfig(method="noise", learned_noise=True, noise_widths=(4,))
+    policy = make_policy(flow=flow, lora=LoraConfig(rank=2))
+    actor = jax.tree.map(lambda x: x + 0.1, policy.init(jax.random.key(0))["actor"])
+    save_openpi(str(tmp_path / "params"), actor, policy.config)
+    expected = lora.merge(actor, policy.config.lora)
+    del expected["noise_network"]
+    assert_same_trees(load_openpi(str(tmp_path / "params"), policy.config), expected)
+    with pytest.raises(ValueError, match="cannot write"):
+        save_openpi(str(tmp_path / "params"), actor, policy.config)
+
+
+def test_shards_go_where_they_are_asked(tmp_path):
+    config = fixture_config(GOLDEN)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = nest(dict(np.load(GOLDEN / "params_flat.npz")))
+    actor = load_openpi(str(GOLDEN / "params"), config, jax.tree.map(lambda _: spec, shapes))
+    assert {leaf.sharding for leaf in jax.tree.leaves(actor)} == {spec}
+
+
+def test_one_error_lists_everything_that_differs(tmp_path):
+    actor = make_policy().init(jax.random.key(0))["actor"]
+    del actor["time_mlp_in"]
+    actor["extra"] = {"kernel": np.zeros(3, np.float32)}
+    actor["action_out_proj"]["bias"] = np.zeros(7, np.float32)
+    save_openpi(str(tmp_path / "params"), actor, TINY)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        load_openpi(str(tmp_path / "params"), TINY)
+    message = str(error.value)
+    assert "missing: time_mlp_in/bias" in message
+    assert "missing: time_mlp_in/kernel" in message
+    assert "unexpected: extra/kernel" in message
+    assert "shape: action_out_proj/bias is (7,), the config needs (5,)" in message
+
+
+def test_checkpoint_of_another_size_says_what_fits():
+    config = dataclasses.replace(fixture_config(GOLDEN), vocab_size=300, action_dim=32)
+    with pytest.raises(ValueError, match="vocab_size=256, action_dim=7 would fit"):
+        load_openpi(str(GOLDEN / "params"), config)
+
+
+def test_missing_directory_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no openpi checkpoint at .*nowhere"):
+        load_openpi(str(tmp_path / "nowhere"), TINY)
