@@ -88,3 +88,21 @@ def world():
 @pytest.fixture(scope="session")
 def params(world):
     return awaken(world.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def step(world):
+    """The world's jitted step; one object for the session, so that it compiles once."""
+    return jax.jit(world.step)
+
+
+@pytest.fixture(scope="session")
+def reward(world):
+    return jax.jit(world.reward)
+
+
+@pytest.fixture(scope="session")
+def stage_losses(world):
+    """(params, transition) -> the loss of each view's stage, same noise every time."""
+    losses = jax.jit(lambda p, t: world.dynamics_loss(p, t, jax.random.key(3))[1])
+    return lambda p, t: {k.split("/")[1]: float(v) for k, v in losses(p, t).items()}

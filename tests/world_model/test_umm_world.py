@@ -1,7 +1,5 @@
 """Interleaved view decoding, reward, losses, and what happens on bad input."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import optax
 import pytest
 
 from mbpo_jax.types import RewardExample, Transition
-from mbpo_jax.world_model import metrics
+from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig, variant
 from mbpo_jax.world_model.umm_world import to_uint8
 
@@ -18,119 +16,106 @@ from .conftest import CAMERAS, SIZE, awaken, make_observation, make_transition, 
 KEY = jax.random.key(3)
 
 
-def views(world, params, observation, actions):
-    return jax.jit(world.step)(params, observation, actions, KEY).images
-
-
 def actions(seed=0, batch=2):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, 3, 2)).astype(np.float32)
 
 
-def stage_loss(world, params, transition, camera):
-    loss = jax.jit(world.dynamics_loss)
-    return float(loss(params, transition, KEY)[1][f"dynamics/{camera}"])
-
-
-def test_a_fresh_model_copies_the_frame(world):
+def test_a_fresh_model_copies_the_frame(world, step):
     observation = make_observation()
-    fresh = world.init(jax.random.key(0))
-    following = jax.jit(world.step)(fresh, observation, actions(), KEY)
+    following = step(world.init(jax.random.key(0)), observation, actions(), KEY)
     for camera in CAMERAS:
         np.testing.assert_array_equal(following.images[camera], observation.images[camera])
     np.testing.assert_array_equal(following.proprio, observation.proprio)
     np.testing.assert_array_equal(following.world_prompt.tokens, observation.world_prompt.tokens)
 
 
-def test_later_views_are_conditioned_on_earlier_ones_and_not_on_actions(world, params):
+def test_what_each_stage_is_conditioned_on(params, stage_losses):
     transition = make_transition()
-    wrist = stage_loss(world, params, transition, "wrist")
+    observation, other = transition.observation, make_observation(7).images
+    before = stage_losses(params, transition)
 
-    other_actions = transition.replace(actions=actions(9))
-    assert stage_loss(world, params, other_actions, "wrist") == wrist
-    head = stage_loss(world, params, transition, "head")
-    assert stage_loss(world, params, other_actions, "head") != head
+    after = stage_losses(params, transition.replace(actions=actions(9)))
+    assert after["head"] != before["head"]
+    assert after["wrist"] == before["wrist"]
 
-    other_head = make_observation(7).images["head"]
-    images = {**transition.next_images, "head": other_head}
-    assert stage_loss(world, params, transition.replace(next_images=images), "wrist") != wrist
+    images = {**transition.next_images, "head": other["head"]}
+    assert stage_losses(params, transition.replace(next_images=images))["wrist"] != before["wrist"]
 
     # Given the next head view, the current one says nothing more about the wrist.
-    observation = transition.observation
-    images = {**observation.images, "head": other_head}
+    images = {**observation.images, "head": other["head"]}
     moved = transition.replace(observation=observation.replace(images=images))
-    assert stage_loss(world, params, moved, "wrist") == wrist
-    assert stage_loss(world, params, moved, "head") != head
+    after = stage_losses(params, moved)
+    assert after["head"] != before["head"]
+    assert after["wrist"] == before["wrist"]
 
-
-def test_head_view_is_conditioned_on_every_current_view(world, params):
-    transition = make_transition()
-    observation = transition.observation
-    images = {**observation.images, "wrist": make_observation(7).images["wrist"]}
+    images = {**observation.images, "wrist": other["wrist"]}
     moved = transition.replace(observation=observation.replace(images=images))
-    head = stage_loss(world, params, transition, "head")
-    assert stage_loss(world, params, moved, "head") != head
+    assert stage_losses(params, moved)["head"] != before["head"]
 
 
-def test_imagined_wrist_follows_the_imagined_head(world, params):
+def test_imagined_wrist_follows_the_imagined_head(params, step):
     # Actions reach the wrist only through the head view that they change.
     observation = make_observation()
-    first, second = (views(world, params, observation, actions(s)) for s in (0, 1))
+    first, second = (step(params, observation, actions(s), KEY).images for s in (0, 1))
     assert np.any(first["head"] != second["head"])
     assert np.any(first["wrist"] != second["wrist"])
-    frozen_head = jax.tree.map(lambda x: x, params)
-    frozen_head["statistics"]["residual_scale"]["head"] = jnp.zeros(())
-    first, second = (views(world, frozen_head, observation, actions(s)) for s in (0, 1))
+    still_head = jax.tree.map(lambda x: x, params)
+    still_head["statistics"]["residual_scale"]["head"] = jnp.zeros(())
+    first, second = (step(still_head, observation, actions(s), KEY).images for s in (0, 1))
     np.testing.assert_array_equal(first["head"], observation.images["head"])
     np.testing.assert_array_equal(first["wrist"], second["wrist"])
 
 
-def test_padding_of_the_prompt_changes_nothing(world, params):
+def test_padding_of_the_prompt_changes_nothing(params, step, reward):
     observation = make_observation()
     prompt = observation.world_prompt
     tokens = np.where(prompt.mask, prompt.tokens, 33)
     changed = observation.replace(world_prompt=prompt.replace(tokens=tokens))
-    for other in (world.reward, lambda p, o: world.step(p, o, actions(), KEY).images["wrist"]):
-        found = jax.jit(other)
-        np.testing.assert_array_equal(found(params, observation), found(params, changed))
+    np.testing.assert_array_equal(reward(params, observation), reward(params, changed))
+    first, second = (step(params, o, actions(), KEY).images for o in (observation, changed))
+    np.testing.assert_array_equal(first["wrist"], second["wrist"])
 
 
-def test_batch_axes_are_kept(world, params):
-    flat = make_observation(batch=(4,))
-    shaped = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), flat)
-    reward = jax.jit(world.reward)
-    assert reward(params, shaped).shape == (2, 2)
-    np.testing.assert_allclose(reward(params, shaped).reshape(4), reward(params, flat), atol=1e-6)
-    following = jax.jit(world.step)(params, shaped, actions(batch=4).reshape(2, 2, 3, 2), KEY)
-    assert following.images["head"].shape == (2, 2, SIZE, SIZE, 3)
+def test_batch_axes_are_kept(world, params, step, reward):
+    flat = make_observation(batch=(2,))
+    shaped = jax.tree.map(lambda x: x.reshape(2, 1, *x.shape[1:]), flat)
+    np.testing.assert_allclose(
+        jax.jit(world.reward)(params, shaped)[:, 0], reward(params, flat), atol=1e-6
+    )
+    chunk = actions()
+    following = jax.jit(world.step)(params, shaped, chunk[:, None], KEY)
+    assert following.images["head"].shape == (2, 1, SIZE, SIZE, 3)
     assert following.images["head"].dtype == jnp.uint8
+    expected = step(params, flat, chunk, KEY).images["wrist"].astype(int)
+    assert np.abs(following.images["wrist"][:, 0].astype(int) - expected).max() <= 1
 
 
-def test_reward_is_the_answer_after_the_question(world, params):
+def test_reward_is_the_answer_after_the_question(world, params, reward):
     observation = make_observation()
-    probability = jax.jit(world.reward)(params, observation)
-    logits = world._answer_logits(params, observation)
+    probability = reward(params, observation)
+    logits = jax.jit(world._answer_logits)(params, observation)
     yes, no = logits[:, world.yes_id], logits[:, world.no_id]
     np.testing.assert_allclose(probability, 1 / (1 + np.exp(no - yes)), atol=1e-5)
     unseen = observation.replace(
         images={**observation.images, "wrist": make_observation(5).images["wrist"]}
     )
-    np.testing.assert_array_equal(jax.jit(world.reward)(params, unseen), probability)
+    np.testing.assert_array_equal(reward(params, unseen), probability)
 
 
-def test_text_actions_velocity_and_guidance(world):
+def test_text_actions_velocity_and_guidance():
     config = dict(prediction="velocity", actions_as="text", num_timesteps=4)
     unguided = make_world(**config)
     params = awaken(unguided.init(jax.random.key(0)))
     observation = make_observation()
-    plain = views(unguided, params, observation, actions())
-    other = views(unguided, params, observation, actions(1))
+    step = jax.jit(unguided.step)
+    plain, other = (step(params, observation, actions(s), KEY).images for s in (0, 1))
     assert np.any(plain["head"] != other["head"])
     guided = make_world(**config, guidance=GuidanceConfig(3.0, 2.0))
-    found = views(guided, params, observation, actions())
+    found = jax.jit(guided.step)(params, observation, actions(), KEY).images
     assert np.any(plain["head"] != found["head"])
     # Guidance that never acts changes nothing.
     outside = make_world(**config, guidance=GuidanceConfig(3.0, 2.0, interval=(2.0, 3.0)))
-    found = views(outside, params, observation, actions())
+    found = jax.jit(outside.step)(params, observation, actions(), KEY).images
     np.testing.assert_array_equal(plain["head"], found["head"])
 
 
@@ -265,47 +250,42 @@ def test_three_views_are_decoded_in_order():
     cameras = ("head", "left", "right")
     world = make_world(cameras=cameras)
     params = awaken(world.init(jax.random.key(0)))
-    transition = make_transition(cameras=cameras)
-    parts = jax.jit(world.dynamics_loss)(params, transition, KEY)[1]
-    changed = {**transition.next_images, "right": make_observation(8).images["wrist"]}
-    other = jax.jit(world.dynamics_loss)(params, transition.replace(next_images=changed), KEY)[1]
-    assert other["dynamics/left"] == parts["dynamics/left"]
-    changed = {**transition.next_images, "left": make_observation(8).images["wrist"]}
-    other = jax.jit(world.dynamics_loss)(params, transition.replace(next_images=changed), KEY)[1]
-    assert other["dynamics/head"] == parts["dynamics/head"]
-    assert other["dynamics/right"] != parts["dynamics/right"]
+    transition, other = make_transition(cameras=cameras), make_observation(8).images["wrist"]
+    losses = jax.jit(lambda t: world.dynamics_loss(params, t, KEY)[1])
+    parts = losses(transition)
+    after = losses(transition.replace(next_images={**transition.next_images, "right": other}))
+    assert after["dynamics/left"] == parts["dynamics/left"]
+    after = losses(transition.replace(next_images={**transition.next_images, "left": other}))
+    assert after["dynamics/head"] == parts["dynamics/head"]
+    assert after["dynamics/right"] != parts["dynamics/right"]
 
 
-def test_targets_per_example_do_not_see_each_other(world, params):
+def test_targets_per_example_do_not_see_each_other(params):
     # With two targets per context the loss is the mean of two that are computed alone.
-    two = make_world(targets_per_example=2)
-    transition = make_transition()
-    config = dataclasses.replace(two.config, targets_per_example=1)
+    world, transition = make_world(targets_per_example=2), make_transition()
+    together = jax.jit(world.dynamics_loss)(params, transition, KEY)[1]["dynamics/head"]
     keys = jax.random.split(KEY, 2 + len(CAMERAS))
     time_key, noise_key = jax.random.split(keys[2])
-    draws = jax.random.normal(time_key, (2, 2))
-    together = float(jax.jit(two.dynamics_loss)(params, transition, KEY)[1]["dynamics/head"])
-    alone = []
-    frames = two._encode(params, transition.observation.images, CAMERAS, keys[0])
-    following = two._encode(params, transition.next_images, CAMERAS[:-1], keys[1])
-    context = [
-        two._prompt(params, transition.observation),
-        *two._conditions(params, "head", frames, {}, two._action(params, transition.actions)),
-    ]
-    scale = params["statistics"]["residual_scale"]["head"]
-    clean = (following["head"].tokens - frames["head"].tokens) / scale
-    noise = jax.random.normal(noise_key, (2, *clean.shape))
-    for i in range(2):
-        t = jax.nn.sigmoid(draws[i])
-        noised = (1 - t)[:, None, None] * clean + t[:, None, None] * noise[i]
-        segment = two._latent_segment(params, noised, t, frames["head"].tokens)
-        alone.append(_single_loss(params, config, [*context, segment], clean))
-    np.testing.assert_allclose(together, np.mean(alone), rtol=1e-4)
 
+    @jax.jit
+    def alone(params):
+        observation = transition.observation
+        frames = world._encode(params, observation.images, CAMERAS, keys[0])
+        target = world._encode(params, transition.next_images, (), keys[1])["head"].tokens
+        action = world._action(params, transition.actions)
+        conditions = world._conditions(params, "head", frames, {}, action)
+        context = [world._prompt(params, observation), *conditions]
+        current = frames["head"].tokens
+        clean = (target - current) / params["statistics"]["residual_scale"]["head"]
+        times = jax.nn.sigmoid(jax.random.normal(time_key, (2, 2)))
+        noise = jax.random.normal(noise_key, (2, *clean.shape))
+        losses = []
+        for t, e in zip(times, noise):
+            noised = (1 - t)[:, None, None] * clean + t[:, None, None] * e
+            segments = [*context, world._latent_segment(params, noised, t, current)]
+            _, hidden = bagel.forward(params, world.config, segments)
+            output = bagel.read_latents(params, hidden[:, -clean.shape[1] :])
+            losses.append(jnp.mean(jnp.square(output - clean)))
+        return jnp.stack(losses)
 
-def _single_loss(params, config, segments, clean):
-    from mbpo_jax.world_model import bagel
-
-    _, hidden = bagel.forward(params, config, segments)
-    output = bagel.read_latents(params, hidden[:, -clean.shape[1] :])
-    return float(jnp.mean(jnp.square(output - clean)))
+    np.testing.assert_allclose(together, alone(params).mean(), rtol=1e-4)
