@@ -172,13 +172,13 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
 
     w = c.world_model
     w.max_prompt_tokens = 16
-    w.dynamics_batch_size = 32
-    w.reward_batch_size = 32
+    w.dynamics_batch_size = 16
+    w.reward_batch_size = 16
     w.reward_weight = 0.1
-    w.vae_training.steps = 300
-    w.vae_training.learning_rate = 2e-3
-    w.vae_training.batch_size = 32
-    w.training.steps = 500
+    w.vae_training.steps = 1500
+    w.vae_training.learning_rate = 4e-3
+    w.vae_training.batch_size = 8
+    w.training.steps = 1000
     w.training.learning_rate = 1e-3
     w.training.warmup_steps = 50
     w.training.checkpoint_every = 200

@@ -11,13 +11,18 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 
 def tiny_config():
     config = libero_long.get_config("micro")
-    config.max_steps = 200
+    config.max_steps = 150
+    for part in ("vision", "language", "expert"):
+        config.policy[part].depth = 1
+    config.policy.unroll = False
     config.demonstrations.episodes_per_task = 2
     config.sft.update({"steps": 4, "log_every": 2, "checkpoint_every": 2, "batch_size": 4})
     config.rollouts.episodes_per_task = 2
     world = config.world_model
     world.update({"dynamics_batch_size": 2, "reward_batch_size": 2, "holdout_fraction": 0.5})
     world.horizon = 2
+    world.model.mot.update({"num_layers": 1, "unroll": False})
+    world.model.vit.num_layers = 1
     world.vae_training.update({"steps": 2, "log_every": 1, "batch_size": 2})
     world.training.update({"steps": 2, "log_every": 1})
     config.rl.update(
@@ -29,7 +34,6 @@ def tiny_config():
 
 
 @pytest.mark.libero
-@pytest.mark.timeout(1500)
 def test_end_to_end(tmp_path, capsys):
     pytest.importorskip("libero", reason="the simulator is not installed (extra: libero)")
     pipeline.run(tiny_config(), tmp_path)

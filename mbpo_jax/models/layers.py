@@ -53,7 +53,7 @@ class LayerLoop:
     remat: bool = False
     unroll: bool = False
 
-    def __call__(self, layer: Callable, x: jax.Array, stack: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, layer: Callable, x: Any, stack: Any) -> tuple[Any, Any]:
         """`lax.scan` of layer(x, weights) -> (x, output) over the leading axis of `stack`."""
         layer = jax.checkpoint(layer) if self.remat else layer
         return jax.lax.scan(layer, x, stack, unroll=self.unroll)

@@ -23,6 +23,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from mbpo_jax.models.layers import LayerLoop
 from mbpo_jax.models.matmul import matmul
 
 Params = Any
@@ -43,10 +44,15 @@ class MoTConfig:
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of activations and matmuls; norms, rotations and softmax are float32
     remat: bool = False  # recompute each layer's activations in the backward pass
+    unroll: bool = False  # unroll the loop over layers: faster to train small models on a CPU
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def layer_loop(self) -> LayerLoop:
+        return LayerLoop(remat=self.remat, unroll=self.unroll)
 
 
 @struct.dataclass
@@ -229,7 +235,7 @@ def layer_outputs(
 ) -> tuple[Array, Array]:
     """Hidden states after every layer, before the final norm: und [L, B, Tu, D] and gen."""
     x, layer, scanned, _ = _prepare(params, config, segments, cache, collect=False)
-    _, hidden = jax.lax.scan(lambda x, w: (layer(x, w)[0],) * 2, x, scanned)
+    _, hidden = config.layer_loop(lambda x, w: (layer(x, w)[0],) * 2, x, scanned)
     return hidden
 
 
@@ -268,14 +274,12 @@ def _prepare(params, config, segments, cache, collect):
         x = tuple(_finish(weights[e], s, m, config) for e, s, m in zip(EXPERTS, x, mixed))
         return x, ((k, v) if collect else None)
 
-    if config.remat:
-        layer = jax.checkpoint(layer)
     return x, layer, (params["layers"], cache.keys, cache.values), position
 
 
 def _run(params, config, segments, cache, collect):
     x, layer, scanned, position = _prepare(params, config, segments, cache, collect)
-    (und, gen), new = jax.lax.scan(layer, x, scanned)
+    (und, gen), new = config.layer_loop(layer, x, scanned)
     und = rms_norm(und, params["norm"]["und"]["scale"], config.norm_eps)
     gen = rms_norm(gen, params["norm"]["gen"]["scale"], config.norm_eps)
     return und, gen, new, position

@@ -1,6 +1,6 @@
 """Stage `world_model`: autoencoder, dynamics and reward, then fidelity on held-out episodes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -27,6 +27,8 @@ from mbpo_jax.types import Params
 from mbpo_jax.world_model import metrics
 from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.umm_world import UMMWorld
+
+Images = Mapping[str, np.ndarray]  # per camera
 
 STATISTICS_FRAMES = 512
 FIDELITY_TRANSITIONS = 512
@@ -193,10 +195,10 @@ def measure_fidelity(
         return report
     some = collate([sequences[i] for i in _spread(len(sequences), 64)])
     observation = jax.tree.map(lambda x: x[:, 0], some.observation)
-    time_major = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), (some.actions, some.next_images))
-    curves = metrics.horizon_curve(world, params, observation, *time_major, key)
-    report["horizon"] = _plain(curves)
-    _save_film_strips(world, params, some, key, directory / "fidelity.npz")
+    actions, seen = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), (some.actions, some.next_images))
+    imagined = metrics.imagine_open_loop(world, params, observation, actions, key)
+    report["horizon"] = _plain(metrics.horizon_curve(observation.images, imagined, seen))
+    _save_film_strips(observation.images, imagined, seen, directory / "fidelity.npz")
     return report
 
 
@@ -216,22 +218,13 @@ def _reward_quality(world: UMMWorld, params: Params, examples: Source) -> dict:
     }
 
 
-def _save_film_strips(world: UMMWorld, params: Params, sequences, key, path: Path) -> None:
-    rows = [int(i) for i in _spread(len(sequences.actions), FILM_STRIPS)]
-    chosen = jax.tree.map(lambda x: x[rows], sequences)
-    observation = jax.tree.map(lambda x: x[:, 0], chosen.observation)
-    start = observation.images
-    step = jax.jit(world.step)
-    imagined = [start]
-    for i in range(chosen.actions.shape[1]):
-        observation = step(params, observation, chosen.actions[:, i], jax.random.fold_in(key, i))
-        imagined.append(observation.images)
+def _save_film_strips(start: Images, imagined: Images, seen: Images, path: Path) -> None:
     arrays = {}
-    for camera in start:
-        arrays[f"imagined/{camera}"] = np.stack([np.asarray(x[camera]) for x in imagined], 1)
-        arrays[f"real/{camera}"] = np.concatenate(
-            [start[camera][:, None], chosen.next_images[camera]], 1
-        )
+    for camera, first in start.items():
+        rows = _spread(len(first), FILM_STRIPS)
+        for name, frames in (("imagined", imagined[camera]), ("real", seen[camera])):
+            strip = np.concatenate([first[None], frames])[:, rows]
+            arrays[f"{name}/{camera}"] = np.swapaxes(strip, 0, 1)
     np.savez_compressed(path, **arrays)
 
 

@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 
 from mbpo_jax.models import vae as vae_model
 from mbpo_jax.models.navit import NaViTConfig
-from mbpo_jax.models.qwen2_mot import MoTConfig
 from mbpo_jax.models.vae import VAEConfig
 from mbpo_jax.types import Params
 from mbpo_jax.world_model import bagel
@@ -161,7 +160,8 @@ def read_config(
     z_channels = shape("decoder.conv_in.weight")[1]
     return dataclasses.replace(
         config,
-        mot=MoTConfig(
+        mot=dataclasses.replace(
+            config.mot,
             vocab_size=shape("language_model.lm_head.weight")[0],
             hidden_size=llm["hidden_size"],
             num_layers=llm["num_hidden_layers"],
@@ -170,8 +170,6 @@ def read_config(
             mlp_size=llm["intermediate_size"],
             rope_theta=llm["rope_theta"],
             norm_eps=llm["rms_norm_eps"],
-            dtype=config.mot.dtype,
-            remat=config.mot.remat,
         ),
         vit=NaViTConfig(
             hidden_size=vit["hidden_size"],

@@ -65,9 +65,9 @@ class UMMConfig:
 def micro() -> UMMConfig:
     """About 1.5 M parameters; trains from scratch on two CPU cores in minutes."""
     return UMMConfig(
-        mot=MoTConfig(800, 128, 3, 4, 2, 256, rope_theta=1e4),
+        mot=MoTConfig(800, 128, 3, 4, 2, 256, rope_theta=1e4, unroll=True),
         vit=NaViTConfig(96, 2, 4, 192, patch_size=16, max_patches_per_side=4),
-        vae=VAEConfig(32, (1, 2), 1, 16, norm_groups=8, patch_size=4),
+        vae=VAEConfig(64, (1,), 1, 32, norm_groups=8, patch_size=8),
         vae_image_size=64,
         vit_image_size=64,
         latent_patch=2,
@@ -75,9 +75,9 @@ def micro() -> UMMConfig:
         prediction="residual",
         actions_as="embedding",
         targets_per_example=2,
-        train_timestep_shift=1.0,
+        train_timestep_shift=4.0,
         sample_timestep_shift=1.0,
-        num_timesteps=3,
+        num_timesteps=2,
         freeze_vit=False,
     )
 
@@ -95,7 +95,7 @@ def small() -> UMMConfig:
         prediction="residual",
         actions_as="embedding",
         targets_per_example=2,
-        train_timestep_shift=1.0,
+        train_timestep_shift=4.0,
         sample_timestep_shift=1.0,
         num_timesteps=11,
         freeze_vit=False,

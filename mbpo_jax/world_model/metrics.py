@@ -2,7 +2,6 @@
 the baseline that copies the last frame."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,28 +105,39 @@ def _compare(imagined, current, truth):
     }
 
 
-def horizon_curve(
+def imagine_open_loop(
     world: WorldModel,
     params: Params,
     observation: Observation,
     actions: Float[Array, "n B k A"],
-    images: Mapping[str, Any],
     key: Array,
+) -> dict[str, np.ndarray]:
+    """The views after each of n recorded chunks imagined one after the other from `observation`
+    [B]: camera -> uint8 [n, B, H, W, 3]."""
+    step = jax.jit(world.step)
+    frames = []
+    for i, chunk in enumerate(actions):
+        observation = step(params, observation, chunk, jax.random.fold_in(key, i))
+        frames.append(jax.device_get(observation.images))
+    return {camera: np.stack([f[camera] for f in frames]) for camera in frames[0]}
+
+
+def horizon_curve(
+    start: Mapping[str, Array], imagined: Mapping[str, Array], images: Mapping[str, Array]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Mean PSNR after 1..n chunks imagined open loop from `observation` [B].
+    """Mean PSNR after 1..n chunks.
 
     Args:
-        images: camera -> uint8 [n, B, H, W, 3], what was seen after each chunk.
+        start: camera -> uint8 [B, H, W, 3], what the imagination started from.
+        imagined, images: camera -> uint8 [n, B, H, W, 3], imagined and seen after each chunk.
 
     Returns:
         camera -> {"psnr": [n], "copy_psnr": [n]}, the latter of the starting frame.
     """
-    step = jax.jit(world.step)
-    start, curves = observation.images, {c: {"psnr": [], "copy_psnr": []} for c in images}
-    for i, chunk in enumerate(actions):
-        observation = step(params, observation, chunk, jax.random.fold_in(key, i))
-        for camera, truth in images.items():
-            imagined = psnr(observation.images[camera], truth[i])
-            curves[camera]["psnr"].append(float(imagined.mean()))
-            curves[camera]["copy_psnr"].append(float(psnr(start[camera], truth[i]).mean()))
-    return {c: {name: np.asarray(v) for name, v in rows.items()} for c, rows in curves.items()}
+    return {
+        camera: {
+            "psnr": np.asarray(psnr(imagined[camera], truth)).mean(1),
+            "copy_psnr": np.asarray(psnr(start[camera], truth)).mean(1),
+        }
+        for camera, truth in images.items()
+    }

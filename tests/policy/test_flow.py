@@ -77,6 +77,7 @@ def test_learned_std_stays_in_its_range():
     assert 0.1 < std.max() <= 0.2 * (1 + 1e-5)
 
 
+@pytest.mark.trains
 def test_sde_marginals_match_the_ode():
     noise = jax.random.normal(jax.random.key(0), (2, 500, 1, 2))
     config = FlowConfig(steps=50, noise_level=0.5)
@@ -95,6 +96,7 @@ def test_sde_marginals_match_the_ode():
     assert distance > bound
 
 
+@pytest.mark.trains
 def test_flow_matching_fits_a_mixture():
     """The training loss and the sampler together recover a 2-D mixture of four modes."""
     keys = jax.random.split(jax.random.key(0), 4)

@@ -53,6 +53,7 @@ def optimize(directory, **changes):
     )
 
 
+@pytest.mark.trains
 def test_the_return_improves_in_an_exact_world(tmp_path):
     params = optimize(tmp_path)
     history = read_metrics(tmp_path / "metrics.jsonl")
