@@ -183,12 +183,15 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     w.training.warmup_steps = 50
     w.training.checkpoint_every = 200
 
+    # A network this small is imagined cheaply and moves slowly: fresh branches, all of them in every
+    # update, and larger steps than the paper's 3.3 B parameters take.
     c.rl.start_states = 256
-    c.rl.imagination_batch = 64
-    c.rl.updates = 200
-    c.rl.updates_per_refill = 10
-    c.rl.critic_warmup = 20
-    c.rl.minibatch_size = 128
+    c.rl.imagination_batch = 32
+    c.rl.updates = 150
+    c.rl.updates_per_refill = 3
+    c.rl.value_recompute_every = 3
+    c.rl.critic_warmup = 30
+    c.rl.actor_lr = 4e-5
     c.rl.critic_lr = 1e-3
 
 
