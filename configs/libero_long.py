@@ -183,8 +183,8 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     w.training.warmup_steps = 50
     w.training.checkpoint_every = 200
 
-    # A network this small is imagined cheaply and moves slowly: fresh branches, all of them in every
-    # update, and larger steps than the paper's 3.3 B parameters take.
+    # A network this small is imagined cheaply and moves slowly: fresh branches, all of them in
+    # every update, and larger steps than the paper's 3.3 B parameters take.
     c.rl.start_states = 256
     c.rl.imagination_batch = 32
     c.rl.updates = 150
