@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from .conftest import ACTION_DIM, make_observation, make_policy
 
 
+@pytest.mark.trains
 def test_advantage_conditioning_recovers_the_better_arm():
     """Half of the data plays −0.6 and is labelled bad, half plays +0.6 and is labelled good."""
     policy = make_policy(
