@@ -5,7 +5,7 @@ figures and a self-contained report.html.
 
     python -m experiments.compounding_error                                            # quick
     python -m experiments.compounding_error --config=configs/compounding_error.py:full
-    python -m experiments.compounding_error --config.gamma=0.95 --workdir=/tmp/gamma95
+    python -m experiments.compounding_error --config.gamma=0.95 --workdir=runs/gamma95
 
 quick: under 2 minutes on 2 CPU cores. full: more problems, restarts, γ's and episodes.
 Expected: no corrected bound is exceeded (largest ratio below 1, above 0.95 for an adversary);

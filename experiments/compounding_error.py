@@ -2,7 +2,7 @@
 
     python -m experiments.compounding_error                     # quick, under 2 minutes on 2 cores
     python -m experiments.compounding_error --config=configs/compounding_error.py:full
-    python -m experiments.compounding_error --config.gamma=0.95 --workdir=/tmp/gamma95
+    python -m experiments.compounding_error --config.gamma=0.95 --workdir=runs/gamma95
     python -m experiments.compounding_error --case_study        # one JSON line, nothing else
 
 Writes results.json, tables/, figures/, counterexamples/ and report.html into --workdir. Every

@@ -24,7 +24,7 @@ def test_chunk_kernel_and_reward_of_a_two_state_machine():
 
 
 def test_leaking_chain():
-    # Closed forms of README section 4; the numbers at γ = 0.99, k = 10.
+    # Closed forms of README section 4; the numbers at γ = 0.99, k = 10.
     epsilon, gamma, k = 1e-5, 0.99, 10
     result = evaluate(problems.leak(epsilon, k), gamma, k)
     assert result.true == pytest.approx(100, abs=1e-9)
