@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mbpo_jax.models.matmul import matmul
+from mbpo_jax.models.layers import dense, linear
 
 Params = Any
 
@@ -37,24 +37,21 @@ def init(config: NaViTConfig, key: Array) -> Params:
     d, f, n = config.hidden_size, config.mlp_size, config.num_layers
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
 
-    def linear(*shape):
-        kernel = jax.random.normal(next(keys), shape) / np.sqrt(shape[-2])
-        return {"kernel": kernel, "bias": jnp.zeros((*shape[:-2], shape[-1]))}
-
     def norm(*shape):
         return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
 
     table = (config.max_patches_per_side**2, d)
     return {
-        "patch_embedding": linear(3 * config.patch_size**2, d),
+        "patch_embedding": dense(next(keys), 3 * config.patch_size**2, d),
         "position_embedding": {"embedding": 0.02 * jax.random.normal(next(keys), table)},
         "layers": {
             "layer_norm1": norm(n, d),
             "self_attn": {
-                name: linear(n, d, d) for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+                name: dense(next(keys), d, d, (n,))
+                for name in ("q_proj", "k_proj", "v_proj", "out_proj")
             },
             "layer_norm2": norm(n, d),
-            "mlp": {"fc1": linear(n, d, f), "fc2": linear(n, f, d)},
+            "mlp": {"fc1": dense(next(keys), d, f, (n,)), "fc2": dense(next(keys), f, d, (n,))},
         },
         "post_layernorm": norm(d),
     }
@@ -137,8 +134,3 @@ def encode(
     x = embed(params, config, patches, ids)
     x, _ = jax.lax.scan(lambda x, w: (encoder_layer(w, config, x), None), x, params["layers"])
     return layer_norm(x, params["post_layernorm"], config.norm_eps)
-
-
-def linear(weights: Params, x: Array) -> Array:
-    """x @ kernel + bias in x's dtype."""
-    return matmul(x, weights["kernel"].astype(x.dtype)) + weights["bias"].astype(x.dtype)

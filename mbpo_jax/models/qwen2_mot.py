@@ -23,8 +23,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from mbpo_jax.models.layers import LayerLoop
-from mbpo_jax.models.matmul import matmul
+from mbpo_jax.models.layers import LayerLoop, linear
 
 Params = Any
 EXPERTS = ("und", "gen")
@@ -285,19 +284,13 @@ def _run(params, config, segments, cache, collect):
     return und, gen, new, position
 
 
-def _linear(weights, x):
-    y = matmul(x, weights["kernel"].astype(x.dtype))
-    return y + weights["bias"].astype(x.dtype) if "bias" in weights else y
-
-
 def _qkv(weights, x, config):
     attn = weights["self_attn"]
     x = rms_norm(x, weights["input_layernorm"]["scale"], config.norm_eps)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     heads["v_proj"] = config.num_kv_heads
     q, k, v = (
-        _linear(attn[name], x).reshape(*x.shape[:2], n, config.head_dim)
-        for name, n in heads.items()
+        linear(attn[name], x).reshape(*x.shape[:2], n, config.head_dim) for name, n in heads.items()
     )
     q = rms_norm(q, attn["q_norm"]["scale"], config.norm_eps)
     k = rms_norm(k, attn["k_norm"]["scale"], config.norm_eps)
@@ -321,8 +314,8 @@ def _attention(q, k, v, bias):
 
 
 def _finish(weights, x, mixed, config):
-    x = x + _linear(weights["self_attn"]["o_proj"], mixed)
+    x = x + linear(weights["self_attn"]["o_proj"], mixed)
     y = rms_norm(x, weights["post_attention_layernorm"]["scale"], config.norm_eps)
     mlp = weights["mlp"]
-    y = jax.nn.silu(_linear(mlp["gate_proj"], y)) * _linear(mlp["up_proj"], y)
-    return x + _linear(mlp["down_proj"], y)
+    y = jax.nn.silu(linear(mlp["gate_proj"], y)) * linear(mlp["up_proj"], y)
+    return x + linear(mlp["down_proj"], y)

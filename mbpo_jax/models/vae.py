@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mbpo_jax.models.matmul import matmul
+from mbpo_jax.models.layers import matmul
 
 Params = Any
 

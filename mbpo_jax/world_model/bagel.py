@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mbpo_jax.models import navit, qwen2_mot
+from mbpo_jax.models.layers import dense, linear
 from mbpo_jax.models.qwen2_mot import Cache, Segment
 from mbpo_jax.world_model.config import UMMConfig
 
@@ -38,20 +39,22 @@ def init(config: UMMConfig, action_dim: int, key: Array) -> Params:
     d, token = config.mot.hidden_size, config.token_size
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
 
-    def linear(inputs, outputs):
-        kernel = jax.random.normal(next(keys), (inputs, outputs)) / np.sqrt(inputs)
-        return {"kernel": kernel, "bias": jnp.zeros(outputs)}
-
     adapters = {
-        "connector": {"fc1": linear(config.vit.hidden_size, d), "fc2": linear(d, d)},
-        "time_embedder": {"fc1": linear(TIME_FEATURES, d), "fc2": linear(d, d)},
-        "vae2llm": linear(token, d),
+        "connector": {
+            "fc1": dense(next(keys), config.vit.hidden_size, d),
+            "fc2": dense(next(keys), d, d),
+        },
+        "time_embedder": {
+            "fc1": dense(next(keys), TIME_FEATURES, d),
+            "fc2": dense(next(keys), d, d),
+        },
+        "vae2llm": dense(next(keys), token, d),
         "llm2vae": {"kernel": jnp.zeros((d, token)), "bias": jnp.zeros(token)},
     }
     if config.actions_as == "embedding":
-        adapters["action2llm"] = linear(action_dim, d)
+        adapters["action2llm"] = dense(next(keys), action_dim, d)
     if config.prediction == "residual":
-        adapters["current2llm"] = linear(token, d)
+        adapters["current2llm"] = dense(next(keys), token, d)
     return {
         "mot": qwen2_mot.init(config.mot, next(keys)),
         "vit": navit.init(config.vit, next(keys)),
@@ -86,7 +89,7 @@ def time_features(t: Float[Array, "*B"]) -> Float[Array, "*B features"]:
 def embed_time(params: Params, t: Float[Array, "*B"]) -> Float[Array, "*B D"]:
     """Flow-time embedding: Linear, SiLU, Linear."""
     weights = params["adapters"]["time_embedder"]
-    return navit.linear(weights["fc2"], jax.nn.silu(navit.linear(weights["fc1"], time_features(t))))
+    return linear(weights["fc2"], jax.nn.silu(linear(weights["fc1"], time_features(t))))
 
 
 def tokens_from_latents(latents: Float[Array, "B h w z"], patch: int) -> Float[Array, "B n v"]:
@@ -128,7 +131,7 @@ def action_segment(
     params: Params, config: UMMConfig, tokenizer: Tokenizer, actions: Float[Array, "B k A"]
 ) -> Segment:
     """A chunk as embedded vectors, one token per step, between bos and eos."""
-    steps = navit.linear(params["adapters"]["action2llm"], actions).astype(config.mot.dtype)
+    steps = linear(params["adapters"]["action2llm"], actions).astype(config.mot.dtype)
     ends = qwen2_mot.embed_text(
         params["mot"], config.mot, jnp.asarray([tokenizer.bos_id, tokenizer.eos_id])
     )
@@ -158,8 +161,8 @@ def connect(
 ) -> Float[Array, "B n D"]:
     """ViT features in the decoder's width, with the position of their cells in the grid."""
     weights = params["adapters"]["connector"]
-    x = jax.nn.gelu(navit.linear(weights["fc1"], features), approximate=True)
-    x = navit.linear(weights["fc2"], x).astype(config.mot.dtype)
+    x = jax.nn.gelu(linear(weights["fc1"], features), approximate=True)
+    x = linear(weights["fc2"], x).astype(config.mot.dtype)
     return x + params["position_tables"]["vit"][ids].astype(x.dtype)
 
 
@@ -172,7 +175,7 @@ def embed_latents(
 ) -> Float[Array, "B n D"]:
     """Latent tokens in the decoder's width, float32, with the position of their cells in the grid
     and their flow time (0 for clean ones), which broadcasts against [B, n]."""
-    x = navit.linear(params["adapters"]["vae2llm"], tokens) + embed_time(params, t)
+    x = linear(params["adapters"]["vae2llm"], tokens) + embed_time(params, t)
     return x + params["position_tables"]["latent"][ids]
 
 
@@ -197,7 +200,7 @@ def latent_segment(
     time = jnp.zeros(tokens.shape[:1]) if t is None else t
     x = embed_latents(params, config, tokens, ids, time[:, None])
     if current is not None:
-        x = x + navit.linear(params["adapters"]["current2llm"], current)
+        x = x + linear(params["adapters"]["current2llm"], current)
     x = x.astype(config.mot.dtype)
     attention = "full" if t is None else "noise"
     return Segment(_markers(params, config, tokenizer, x.shape[0]), x, None, attention)
@@ -205,7 +208,7 @@ def latent_segment(
 
 def read_latents(params: Params, hidden: Float[Array, "B n D"]) -> Float[Array, "B n v"]:
     """The prediction for latent tokens, float32, from generation tokens after the final norm."""
-    return navit.linear(params["adapters"]["llm2vae"], hidden.astype(jnp.float32))
+    return linear(params["adapters"]["llm2vae"], hidden.astype(jnp.float32))
 
 
 def extend(

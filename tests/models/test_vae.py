@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mbpo_jax.models import vae
-from mbpo_jax.models.matmul import matmul
+from mbpo_jax.models.layers import matmul
 from mbpo_jax.models.vae import VAEConfig
 
 
