@@ -187,7 +187,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     # every update, and larger steps than the paper's 3.3 B parameters take.
     c.rl.start_states = 256
     c.rl.imagination_batch = 32
-    c.rl.updates = 150
+    c.rl.updates = 100
     c.rl.updates_per_refill = 3
     c.rl.value_recompute_every = 3
     c.rl.critic_warmup = 30
