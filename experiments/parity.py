@@ -12,7 +12,10 @@ import importlib
 import sys
 from pathlib import Path
 
-SUITES = {"pi05": "mbpo_jax.policy.parity", "bagel": "mbpo_jax.world_model.parity"}
+SUITES = {
+    "pi05": ("mbpo_jax.policy.parity", "mbpo_jax.rl.parity"),
+    "bagel": ("mbpo_jax.world_model.parity",),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.fixtures.is_dir():
         parser.error(f"--fixtures: {options.fixtures} is not a folder")
     try:
-        rows = importlib.import_module(SUITES[options.suite]).run(options.fixtures)
+        suites = [importlib.import_module(name) for name in SUITES[options.suite]]
+        rows = [row for suite in suites for row in suite.run(options.fixtures)]
     except ValueError as error:
         parser.error(str(error))
     width = max(len(name) for name, *_ in rows)

@@ -78,7 +78,8 @@ def nest(flat: dict[str, np.ndarray]) -> dict:
     return tree
 
 
-def _row(name: str, value: jax.Array, golden: np.ndarray, tolerance: float) -> Row:
+def row(name: str, value: jax.Array, golden: np.ndarray, tolerance: float) -> Row:
+    """The largest difference of two arrays, relative where golden values exceed 1."""
     value, golden = np.asarray(value), np.asarray(golden)
     if value.shape != golden.shape:
         return f"{name}: shape {value.shape}, expected {golden.shape}", np.inf, tolerance, False
@@ -133,7 +134,7 @@ def _network_rows(folder: Path) -> list[Row]:
                 int(name.rsplit("_", 1)[1]),
             )
     rows = [
-        _row(f"{folder.name}/{name}", value, golden[name], NETWORK_TOLERANCE)
+        row(f"{folder.name}/{name}", value, golden[name], NETWORK_TOLERANCE)
         for name, value in values.items()
     ]
     if (folder / "grads_flat.npz").exists():
@@ -159,9 +160,9 @@ def _gradient_rows(folder, actor, config, images, image_mask, prompt, state) -> 
         for name in path.split("/"):
             leaf = leaf[name]
         part = "/".join(path.split("/")[:2])
-        row = _row(f"{folder.name}/gradient/{part}", leaf, expected, NETWORK_TOLERANCE)
-        if part not in worst or row[1] > worst[part][1]:
-            worst[part] = row
+        found = row(f"{folder.name}/gradient/{part}", leaf, expected, NETWORK_TOLERANCE)
+        if part not in worst or found[1] > worst[part][1]:
+            worst[part] = found
     return list(worst.values())
 
 
@@ -177,7 +178,7 @@ def _normalization_rows(path: Path) -> list[Row]:
             f"unnorm_quantile/{key}": unnormalize(golden[f"quantile/{key}"], stats, "quantile"),
         }
         rows += [
-            _row(f"{path.parent.name}/norm/{name}", value, golden[name], NETWORK_TOLERANCE)
+            row(f"{path.parent.name}/norm/{name}", value, golden[name], NETWORK_TOLERANCE)
             for name, value in values.items()
         ]
     return rows
@@ -201,7 +202,7 @@ def _flow_rows(path: Path) -> list[Row]:
             f"schedule/{steps}/timesteps": flow.schedule(int(steps)),
             f"schedule/{steps}/flow_sde/sigma": flow.sde_sigma(int(steps), 0.5),
         }
-        rows += [_row(name, value, golden[name], FLOW_TOLERANCE) for name, value in values.items()]
+        rows += [row(name, value, golden[name], FLOW_TOLERANCE) for name, value in values.items()]
     return [(f"{path.parent.name}/{name}", *rest) for name, *rest in rows]
 
 
@@ -231,9 +232,9 @@ def _step_rows(golden, layers, std_range) -> list[Row]:
                 values[f"logprob{suffix}"] = (log_prob, LOG_PROB_TOLERANCE)
         for kind, (value, tolerance) in values.items():
             name = f"step/{method}/{level}/{count}/{kind}"
-            row = _row(name, value, golden[f"{case}/{kind}"], tolerance)
-            if name not in worst or row[1] > worst[name][1]:
-                worst[name] = row
+            found = row(name, value, golden[f"{case}/{kind}"], tolerance)
+            if name not in worst or found[1] > worst[name][1]:
+                worst[name] = found
     return list(worst.values())
 
 
@@ -264,4 +265,4 @@ def _chain_rows(golden, layers, std_range) -> list[Row]:
         # The golden reduction is the mean over the chain; the policy sums.
         "chain/flow_noise/joint/logprob": noise.mean(1)[:, :chunk, :dims],
     }
-    return [_row(name, value, golden[name], LOG_PROB_TOLERANCE) for name, value in values.items()]
+    return [row(name, value, golden[name], LOG_PROB_TOLERANCE) for name, value in values.items()]

@@ -44,19 +44,20 @@ def actor_loss(
     old_log_prob: Float[Array, "*n"],
     advantage: Float[Array, "*n"],
     valid: Float[Array, "*n"],
-    clip_ratio: float,
+    clip_low: float,
+    clip_high: float,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Clipped surrogate (arXiv 1707.06347, eq. 7), negated to be minimised.
 
     Returns:
         (loss, metrics): `approx_kl` is the mean of (ρ - 1) - log ρ, which is never negative;
-        `clip_fraction` the share of ratios outside [1 - clip, 1 + clip].
+        `clip_fraction` the share of ratios outside [1 - clip_low, 1 + clip_high].
     """
     log_ratio = jnp.where(valid > 0, log_prob - old_log_prob, 0.0)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
-    outside = (jnp.abs(ratio - 1.0) > clip_ratio).astype(ratio.dtype)
+    outside = (clipped != ratio).astype(ratio.dtype)
     metrics = {
         "approx_kl": masked_mean(ratio - 1.0 - log_ratio, valid),
         "clip_fraction": masked_mean(outside, valid),
@@ -145,7 +146,12 @@ class PPO:
         log_prob = self.policy.log_prob(params, prefix, batch.chain)
         value = self.policy.value(params, prefix)
         surrogate, metrics = actor_loss(
-            log_prob, batch.log_prob, batch.advantage, batch.valid, self.clip_ratio
+            log_prob,
+            batch.log_prob,
+            batch.advantage,
+            batch.valid,
+            self.clip_ratio,
+            self.clip_ratio,
         )
         value_loss = critic_loss(
             value, batch.value, batch.target, batch.valid, self.value_clip, self.huber_delta

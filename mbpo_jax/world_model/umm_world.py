@@ -15,11 +15,13 @@ from flax import struct
 from jaxtyping import Array, Float, UInt8
 
 from mbpo_jax.models import navit, qwen2_mot, vae
+from mbpo_jax.models.qwen2_mot import Segment
 from mbpo_jax.types import Observation, Params, Prompt, RewardExample, Transition
 from mbpo_jax.world_model import bagel, generation
 from mbpo_jax.world_model.actions import ActionText
 from mbpo_jax.world_model.bagel import Tokenizer
 from mbpo_jax.world_model.config import UMMConfig
+from mbpo_jax.world_model.guidance import Contexts
 
 
 @struct.dataclass
@@ -103,30 +105,38 @@ class UMMWorld:
         self._check(observation, actions)
         batch, (observation, actions) = _flatten(observation, actions)
         frames = self._encode(params, observation.images, self.cameras, key)
-        prompt = generation.build_contexts(params, self.config, [self._prompt(params, observation)])
+        prefix = [self._prompt(params, observation)]
+        cached = generation.build_contexts(params, self.config, prefix)
         action = self._action(params, actions)
 
         done: dict[str, Frame] = {}
         for i, camera in enumerate(self.cameras):
             conditions = self._conditions(params, camera, frames, done, action)
-            contexts = generation.build_contexts(params, self.config, conditions, prompt)
             target = frames[camera].tokens
             noise = jax.random.normal(jax.random.fold_in(key, i), target.shape)
-            side = self.config.latent_side
-            tokens = generation.generate(
-                params,
-                self.config,
-                self.tokenizer,
-                contexts,
-                noise,
-                side,
-                side,
-                current=target if self.config.prediction == "residual" else None,
-            )
+            current = target if self.config.prediction == "residual" else None
+            tokens = self.view_tokens(params, prefix, cached, conditions, noise, current)
             done[camera] = self._finish(params, camera, frames[camera], tokens)
         images = {c: _restore(to_uint8(done[c].pixels), batch) for c in self.cameras}
         observation = jax.tree.map(lambda x: _restore(x, batch), observation)
         return observation.replace(images=images)
+
+    def view_tokens(
+        self,
+        params: Params,
+        prefix: Sequence[Segment],
+        cached: Contexts,
+        conditions: Sequence[Segment],
+        noise: Float[Array, "B n v"],
+        current: Float[Array, "B n v"] | None,
+    ) -> Float[Array, "B n v"]:
+        """Sampled tokens of one view. `cached` are the contexts of `prefix`, which the views of
+        one step share; only `conditions` are read anew."""
+        contexts = generation.build_contexts(params, self.config, conditions, cached)
+        side = self.config.latent_side
+        return generation.generate(
+            params, self.config, self.tokenizer, contexts, noise, side, side, current
+        )
 
     def reward(self, params: Params, observation: Observation) -> Float[Array, "*B"]:
         """P(Yes) [*B] that the task is done, from the first view, in one forward pass."""
@@ -304,17 +314,22 @@ class UMMWorld:
             return bagel.text_segment(params, self.config, *self.action_text(actions))
         return bagel.action_segment(params, self.config, self.tokenizer, actions)
 
-    def _answer_logits(self, params, observation):
+    def answer_segments(self, params: Params, observation: Observation) -> list[Segment]:
+        """What the answer "Yes" or "No" follows: the first view, the instruction, the question and
+        the bos that starts the answer."""
         features = self._features(params, self._pixels(observation.images[self.cameras[0]]))
-        batch = features.shape[0]
         side = self.config.vit_image_size // self.config.vit.patch_size
-        # The answer follows the bos that starts it.
         ids = jnp.asarray([*self.question, self.tokenizer.bos_id])
-        segments = [
+        return [
             bagel.vit_segment(params, self.config, self.tokenizer, features, side, side),
             self._prompt(params, observation),
-            bagel.text_segment(params, self.config, jnp.broadcast_to(ids, (batch, len(ids)))),
+            bagel.text_segment(
+                params, self.config, jnp.broadcast_to(ids, (features.shape[0], len(ids)))
+            ),
         ]
+
+    def _answer_logits(self, params, observation):
+        segments = self.answer_segments(params, observation)
         hidden, _ = bagel.forward(params, self.config, segments)
         return qwen2_mot.logits(params["mot"], hidden[:, -1])
 
@@ -432,6 +447,8 @@ def _check_config(config, tokenizer):
     for field, values in choices.items():
         if getattr(config, field) not in values:
             raise ValueError(f"{field} is {getattr(config, field)!r}, expected one of {values}.")
+    if config.evaluate_every < 1:
+        raise ValueError(f"evaluate_every is {config.evaluate_every}, expected 1 or more.")
     stride = config.vae.downsample * config.latent_patch
     if config.vae_image_size % stride or config.latent_side > config.max_latent_side:
         raise ValueError(

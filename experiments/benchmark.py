@@ -1,0 +1,78 @@
+"""Times this package beside its peers on the same work, in one run, and prints ratios.
+
+python -m experiments.benchmark --target=policy --openpi=DIR/bin/python
+python -m experiments.benchmark --target=world_model
+
+Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
+rounds with its 95 % bootstrap interval, below 1 where this package is faster.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+from mbpo_jax.benchmarks import policy, world_model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", choices=("policy", "world_model"), required=True)
+    parser.add_argument(
+        "--sizes", default="tiny,small", help="comma-separated: tiny, small, and pi05 or bagel"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="rounds that count")
+    parser.add_argument("--sample_batch", type=int, default=1, help="policy: chunks per call")
+    parser.add_argument("--train_batch", type=int, default=8, help="policy: chunks per step")
+    parser.add_argument("--openpi", help="policy: Python of an environment that has openpi")
+    parser.add_argument("--batches", default="1,8", help="world_model: batch sizes")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark"))
+    options = parser.parse_args(arguments)
+    sizes = options.sizes.split(",")
+    target = policy if options.target == "policy" else world_model
+    if unknown := set(sizes) - set(target.sizes()):
+        parser.error(f"--sizes: {sorted(unknown)} not among {sorted(target.sizes())}")
+    if target is policy and not options.openpi:
+        print(policy.MISSING, file=sys.stderr)
+    rows = []
+    for size in sizes:
+        if target is policy:
+            batches = {"sample": options.sample_batch, "train": options.train_batch}
+            rows += policy.run(size, batches, options.repeats, options.openpi)
+        else:
+            batches = [int(batch) for batch in options.batches.split(",")]
+            rows += world_model.run(size, batches, options.repeats)
+    _print(rows)
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    path = options.workdir / f"{options.target}.json"
+    device = jax.devices()[0].device_kind
+    report = {"device": device, "machine": platform.machine(), "jax": jax.__version__}
+    path.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+    print(f"{device}; written to {path}")
+    return 0
+
+
+def _print(rows: list[dict]) -> None:
+    print(f"{'work':34}{'ms':>10}{'GFLOP/s':>10}{'of peak':>9}{'peer ms':>10}  ratio (95 %)")
+    for row in rows:
+        line = f"{row['size']} {row['work']} batch {row['batch']}".ljust(34)
+        line += f"{1e3 * row['seconds']:10.2f}"
+        if "flops" in row:
+            line += f"{row['flops_per_second'] / 1e9:10.1f}{row['share_of_peak']:9.1%}"
+        else:
+            line += 19 * " "
+        if "ratio" in row:
+            line += f"{1e3 * row['peer_seconds']:10.2f}"
+            line += f"  {row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+        if "rms_change" in row:
+            line += f", images move by {row['rms_change']:.1f} grey levels"
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

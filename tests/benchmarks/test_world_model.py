@@ -1,0 +1,51 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from mbpo_jax.benchmarks import world_model as benchmark
+from mbpo_jax.world_model import bagel
+
+
+def small_config():
+    config = benchmark.sizes()["tiny"]
+    mot = dataclasses.replace(config.mot, num_layers=1)
+    return dataclasses.replace(config, num_timesteps=4, mot=mot)
+
+
+def test_the_reference_order_computes_the_same():
+    config = small_config()
+    world = benchmark._world(config)
+    reference = benchmark._world(config, benchmark.ReferenceOrder)
+    params = world.init(jax.random.key(0))
+    # The head starts at zero, which would make every prediction the noise.
+    head = params["adapters"]["llm2vae"]
+    head["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
+    observation, actions = benchmark._inputs(world, 1)
+    key = jax.random.key(2)
+
+    slow = jax.jit(reference.step)(params, observation, actions, key)
+    fast = jax.jit(world.step)(params, observation, actions, jax.random.split(key, 1)[0])
+    for camera in benchmark.CAMERAS:
+        a, b = (np.asarray(x.images[camera], int) for x in (slow, fast))
+        assert np.abs(a - b).max() <= 1
+        assert np.abs(a - np.asarray(observation.images[camera], int)).max() > 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_decoded_answer_agrees_with_the_one_pass_probability(sign):
+    config = small_config()
+    world = benchmark._world(config)
+    reference = benchmark._world(config, benchmark.ReferenceOrder)
+    params = world.init(jax.random.key(0))
+    observation, _ = benchmark._inputs(world, 2)
+    segments = world.answer_segments(params, observation)
+    hidden = bagel.forward(params, config, segments)[0][:, -1]
+    # The column of "Yes" along the answer's hidden state makes it certain, against it impossible.
+    head = params["mot"]["lm_head"]
+    head["kernel"] = head["kernel"].at[:, world.yes_id].set(sign * hidden.mean(0))
+    probability = np.asarray(world.reward(params, observation))
+    decoded = np.asarray(reference.reward(params, observation))
+    np.testing.assert_array_equal(decoded, [sign > 0] * 2)
+    np.testing.assert_array_equal(probability > 0.5, decoded)
