@@ -161,9 +161,9 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.workers = 2
     c.max_steps = 200  # the scripted expert needs about 80
     c.parallel.fsdp = 1
-    c.demonstrations.episodes_per_task = 80
+    c.demonstrations.episodes_per_task = 72
 
-    c.sft.steps = 2000
+    c.sft.steps = 1700
     c.sft.batch_size = 32
     c.sft.learning_rate = 1.5e-3
     c.sft.warmup_steps = 50
@@ -175,10 +175,10 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     w.dynamics_batch_size = 16
     w.reward_batch_size = 16
     w.reward_weight = 0.1
-    w.vae_training.steps = 1500
+    w.vae_training.steps = 1300
     w.vae_training.learning_rate = 4e-3
     w.vae_training.batch_size = 8
-    w.training.steps = 1000
+    w.training.steps = 900
     w.training.learning_rate = 1e-3
     w.training.warmup_steps = 50
     w.training.checkpoint_every = 200
@@ -187,10 +187,10 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     # every update, and larger steps than the paper's 3.3 B parameters take.
     c.rl.start_states = 256
     c.rl.imagination_batch = 32
-    c.rl.updates = 100
+    c.rl.updates = 80
     c.rl.updates_per_refill = 3
     c.rl.value_recompute_every = 3
-    c.rl.critic_warmup = 30
+    c.rl.critic_warmup = 20
     c.rl.actor_lr = 4e-5
     c.rl.critic_lr = 1e-3
 
