@@ -73,6 +73,7 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.policy = ml_collections.ConfigDict(policy)
 
     c.sft = ml_collections.ConfigDict()
+    c.sft.rollouts = ""  # dataset of an earlier run's rollouts, with policy.advantage_conditioned
     c.sft.steps = 30_000
     c.sft.batch_size = 256
     c.sft.learning_rate = 2.5e-5
@@ -125,6 +126,11 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.rl.clip_ratio = 0.1
     c.rl.value_clip = 0.5
     c.rl.huber_delta = 10.0
+
+    c.fidelity = ml_collections.ConfigDict()
+    # Models that lack a part, trained and measured beside the world model: also
+    # "without_pretraining", where pretrained.world_model names a checkpoint.
+    c.fidelity.ablations = ("independent_views", "frame_by_frame", "separate_reward")
 
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.episodes_per_task = 50  # of the 50 shipped init states

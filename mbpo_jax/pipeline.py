@@ -14,6 +14,7 @@ import jax
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import collect_demonstrations, collect_rollouts
 from mbpo_jax.stages.evaluate import evaluate
+from mbpo_jax.stages.fidelity import study_fidelity
 from mbpo_jax.stages.finetune_policy import finetune_policy
 from mbpo_jax.stages.finetune_world_model import finetune_world_model
 from mbpo_jax.stages.improve_policy import improve_policy
@@ -23,11 +24,13 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 
 @dataclass(frozen=True)
 class Stage:
-    """`run(workspace, directory) -> summary`; `sections` are the config entries it adds to what
-    the stages before it depend on."""
+    """`run(workspace, directory) -> summary`; `sections` are the config entries that it depends on
+    beside those of the stage `after` which it comes. A stage `on_request` runs only when named."""
 
     run: Callable[[Workspace, Path], dict]
     sections: tuple[str, ...]
+    after: str | None
+    on_request: bool = False
 
 
 STAGES = {
@@ -44,17 +47,19 @@ STAGES = {
             "seed",
             "demonstrations",
         ),
+        after=None,
     ),
-    "sft": Stage(finetune_policy, ("pretrained", "policy", "sft")),
-    "rollouts": Stage(collect_rollouts, ("rollouts",)),
-    "world_model": Stage(finetune_world_model, ("world_model",)),
-    "improve": Stage(improve_policy, ("rl",)),
-    "evaluate": Stage(evaluate, ("evaluation",)),
+    "sft": Stage(finetune_policy, ("pretrained", "policy", "sft"), "demonstrations"),
+    "rollouts": Stage(collect_rollouts, ("rollouts",), "sft"),
+    "world_model": Stage(finetune_world_model, ("world_model",), "rollouts"),
+    "fidelity": Stage(study_fidelity, ("fidelity",), "world_model", on_request=True),
+    "improve": Stage(improve_policy, ("rl",), "world_model"),
+    "evaluate": Stage(evaluate, ("evaluation",), "improve"),
 }
 
 
 def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
-    """Runs the named stages (all of them by default), then writes the report.
+    """Runs the named stages (by default all but those on request), then writes the report.
 
     Raises:
         StageError: for anything the user can mend: an unknown stage, a stage whose inputs are
@@ -69,23 +74,20 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
                 + f" Stages: {', '.join([*STAGES, 'report'])}"
             )
     workspace = Workspace(workdir, config)
-    wanted = stages or [*STAGES, "report"]
+    always = [name for name, stage in STAGES.items() if not stage.on_request]
+    wanted = stages or [*always, "report"]
     _check_finished(workspace)
     for name in STAGES:
         if name in wanted:
             _run_stage(workspace, name)
     if "report" in wanted:
-        print(write_report(workspace, list(STAGES)))
+        print(write_report(workspace, always))
     return workspace
 
 
 def _sections_up_to(name: str) -> list[str]:
-    sections: list[str] = []
-    for stage, entry in STAGES.items():
-        sections += entry.sections
-        if stage == name:
-            break
-    return sections
+    stage = STAGES[name]
+    return [*(_sections_up_to(stage.after) if stage.after else ()), *stage.sections]
 
 
 def _check_finished(workspace: Workspace) -> None:

@@ -46,10 +46,12 @@ class Observation:
 
 @struct.dataclass
 class Demonstration:
-    """A supervised pair for the policy: `actions` float32 [*B, k, A] are the expert's labels."""
+    """A supervised pair for the policy: `actions` float32 [*B, k, A] are the labels; `optimal`
+    bool [*B] says whether their episode succeeded, for policies that are conditioned on it."""
 
     observation: Observation
     actions: Array
+    optimal: Array
 
 
 @struct.dataclass

@@ -112,22 +112,26 @@ def demonstrations(episodes: Sequence[Episode], builder: ObservationBuilder) -> 
     """`Demonstration`s: every frame from which at least one action was executed."""
 
     def record(e, f):
-        return Demonstration(builder.at(episodes[e], f), episodes[e].target_actions[f])
+        episode = episodes[e]
+        return Demonstration(
+            builder.at(episode, f), episode.target_actions[f], np.bool_(episode.success)
+        )
 
     return Source(record, [(e, f) for e, f in _frames(episodes) if episodes[e].num_actions[f]])
 
 
 def transitions(episodes: Sequence[Episode], builder: ObservationBuilder, chunk: int) -> Source:
-    """`Transition`s of `chunk` steps, or fewer where success came first.
+    """`Transition`s of `chunk` steps, or fewer where success came first. `chunk` may be a part of
+    the recorded chunks: then the first actions of each are taken.
 
     Frames whose next frame was not rendered, or whose chunk was cut off by a time limit, are
     skipped and counted.
 
     Raises:
-        ValueError: the episodes were recorded with chunks of another length.
+        ValueError: the episodes were recorded with shorter chunks.
     """
     index, skipped = _chains(episodes, chunk, 1)
-    return Source(_transition_record(episodes, builder), index, skipped)
+    return Source(_transition_record(episodes, builder, chunk), index, skipped)
 
 
 def transition_sequences(
@@ -138,7 +142,7 @@ def transition_sequences(
     Raises:
         ValueError: as `transitions`.
     """
-    transition = _transition_record(episodes, builder)
+    transition = _transition_record(episodes, builder, chunk)
     index, skipped = _chains(episodes, chunk, num_chunks)
 
     def record(e, *frames):
@@ -266,10 +270,10 @@ def _chains(
     how many frames with actions start no such row."""
     rows, skipped = [], 0
     for e, episode in enumerate(episodes):
-        if episode.actions.shape[1] != chunk:
+        if episode.actions.shape[1] < chunk:
             raise ValueError(
                 f"episode {e} was recorded with chunks of {episode.actions.shape[1]} steps, "
-                f"not {chunk}: collect it again or set the chunk to that"
+                f"less than {chunk}: collect it again or set the chunk to that"
             )
         frame_at = {int(t): f for f, t in enumerate(episode.timesteps)}
         for f in range(len(episode.timesteps)):
@@ -289,10 +293,10 @@ def _chains(
     return rows, skipped
 
 
-def _transition_record(episodes: Sequence[Episode], builder: ObservationBuilder):
+def _transition_record(episodes: Sequence[Episode], builder: ObservationBuilder, chunk: int):
     def record(e, f, g):
         episode = episodes[e]
         images = {camera: episode.images[camera][g] for camera in builder.cameras}
-        return Transition(builder.at(episode, f), episode.actions[f], images)
+        return Transition(builder.at(episode, f), episode.actions[f][:chunk], images)
 
     return record

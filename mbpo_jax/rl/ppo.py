@@ -103,6 +103,8 @@ class PPO:
             norm, each network on its own).
         clip_ratio: ε of the surrogate, both signs. value_clip, huber_delta: of the critic's loss.
         critic_warmup: updates that leave the actor as it is.
+        trainable: tree of bools like the actor's parameters, False where the policy stops the
+            gradient; None for all True.
     """
 
     def __init__(
@@ -117,18 +119,20 @@ class PPO:
         value_clip: float,
         huber_delta: float,
         critic_warmup: int,
+        trainable: Params | None = None,
     ):
         self.policy = policy
         self.clip_ratio, self.value_clip, self.huber_delta = clip_ratio, value_clip, huber_delta
         self.critic_warmup = critic_warmup
 
-        def adamw(learning_rate):
-            return optax.chain(
-                optax.clip_by_global_norm(grad_clip),
-                optax.adamw(learning_rate, weight_decay=weight_decay),
-            )
+        def clipped(tx):
+            return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
 
-        self.actor_tx, self.critic_tx = adamw(actor_lr), adamw(critic_lr)
+        actor = optax.adamw(actor_lr, weight_decay=weight_decay)
+        if trainable is not None:
+            actor = optax.masked(actor, trainable)
+        self.actor_tx = clipped(actor)
+        self.critic_tx = clipped(optax.adamw(critic_lr, weight_decay=weight_decay))
 
     def init(self, params: Params) -> PPOState:
         """A fresh optimiser around the given {"actor", "critic"} parameters."""

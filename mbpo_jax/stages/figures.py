@@ -108,3 +108,51 @@ def film_strip(real: np.ndarray, imagined: np.ndarray, camera: str) -> Figure:
         axes[row, 0].set_ylabel("real" if row % 2 == 0 else "imagined", fontsize=8)
     figure.suptitle(camera, fontsize=9)
     return figure
+
+
+def against_horizon(views: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """PSNR after 1..n chunks: view -> line name -> [n]; the last line is a baseline."""
+    figure, axes = plt.subplots(1, len(views), figsize=(3.6 * len(views), 2.8), squeeze=False)
+    for axis, (camera, lines) in zip(axes[0], views.items()):
+        for i, (name, values) in enumerate(lines.items()):
+            last = i == len(lines) - 1
+            style = {"color": COLORS[5], "ls": "--"} if last else {"color": COLORS[i]}
+            axis.plot(range(1, len(values) + 1), values, marker="o", ms=4, label=name, **style)
+        axis.set_xticks(range(1, len(values) + 1))
+        axis.set_title(camera, fontsize=9)
+        axis.set_xlabel("chunks imagined")
+        axis.set_ylabel("PSNR (dB)")
+    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def motion(views: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
+    """Imagined against real pixel change by decile: view -> line name -> {"real", "imagined"}."""
+    figure, axes = plt.subplots(1, len(views), figsize=(3.4 * len(views), 2.9), squeeze=False)
+    for axis, (camera, lines) in zip(axes[0], views.items()):
+        for color, (name, change) in zip(COLORS, lines.items()):
+            axis.plot(change["real"], change["imagined"], "o-", ms=4, color=color, label=name)
+        end = max(max(change["real"]) for change in lines.values())
+        axis.plot([0, end], [0, end], ls="--", color=COLORS[5], label="as real")
+        axis.set_title(camera, fontsize=9)
+        axis.set_xlabel("real change (grey levels)")
+        axis.set_ylabel("imagined change")
+    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def reliability(models: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Share of "Yes" against predicted probability: name -> (probability, share, count) per bin;
+    the dots' area is the number of frames."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.0))
+    axis.plot([0, 1], [0, 1], ls="--", color=COLORS[5], label="calibrated")
+    for color, (name, bins) in zip(COLORS, models.items()):
+        probability, share, count = (np.asarray(x) for x in bins)
+        used = count > 0
+        area = 8 + 120 * count[used] / count.sum()
+        axis.plot(probability[used], share[used], color=color, lw=1, label=name)
+        axis.scatter(probability[used], share[used], area, color=color)
+    axis.set_xlabel("predicted probability that the task is done")
+    axis.set_ylabel("share of done frames")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

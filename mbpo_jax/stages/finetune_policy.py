@@ -1,4 +1,5 @@
-"""Stage `sft`: flow matching on the demonstrations."""
+"""Stage `sft`: flow matching on the demonstrations, or, conditioned on whether an episode succeeded
+(π*0.6, arXiv 2511.14759), on rollouts too."""
 
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
 from mbpo_jax.data.pipelines import batches, demonstrations
 from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.stages.build import build_policy, observation_builder
-from mbpo_jax.stages.workspace import Workspace
+from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import fit
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
@@ -22,6 +23,13 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     config = workspace.config
     workspace.require("demonstrations")
     episodes = read_episodes(workspace.directory("demonstrations") / "dataset")
+    if config.sft.rollouts:
+        if not config.policy.advantage_conditioned:
+            raise StageError(
+                "sft.rollouts holds failures too, which only a policy that is told apart may learn "
+                "from: set --config.policy.advantage_conditioned, or leave sft.rollouts empty"
+            )
+        episodes += read_episodes(config.sft.rollouts)
     source = demonstrations(episodes, observation_builder(config))
     actions = np.concatenate([e.target_actions[e.num_actions > 0] for e in episodes])
     proprio = np.concatenate([e.proprio for e in episodes])
@@ -34,9 +42,10 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
         params["actor"] = load_openpi(config.pretrained.policy, policy.config, shardings)
 
     def loss_fn(actor, frozen, batch, key):
-        return policy.loss(actor, batch.observation, batch.actions, key)
+        return policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)
 
     section = config.sft.to_dict()
+    del section["rollouts"]
     batch_size = section.pop("batch_size")
     actor = fit(
         loss_fn,
@@ -47,6 +56,7 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
         mesh=make_mesh(config.parallel.fsdp),
         seed=config.seed,
         name="policy fine-tuning",
+        trainable=policy.trainable(params)["actor"],
         **section,
     )
     save_params(directory / "policy", {"actor": actor, "critic": params["critic"]})

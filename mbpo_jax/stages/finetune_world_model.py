@@ -8,6 +8,7 @@ import numpy as np
 
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import (
+    ObservationBuilder,
     Source,
     batches,
     by_label,
@@ -23,7 +24,7 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import fit
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
-from mbpo_jax.types import Params
+from mbpo_jax.types import Params, WorldModel
 from mbpo_jax.world_model import metrics
 from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.umm_world import UMMWorld
@@ -64,9 +65,9 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
         )
     if config.world_model.vae_training.steps:
         params = _train_vae(config, world, params, train, directory / "vae")
-        some = collate([sources[i] for i in _spread(len(sources), STATISTICS_FRAMES)])
+        some = collate([sources[i] for i in spread(len(sources), STATISTICS_FRAMES)])
         params = world.set_latent_statistics(params, some.observation.images, some.next_images)
-    params = _train_dynamics(config, world, params, sources, train, directory / "dynamics")
+    params = train_dynamics(config, world, params, sources, train, directory / "dynamics")
     save_params(directory / "world_model", params)
     report = measure_fidelity(config, world, params, held_out, directory)
     return {
@@ -123,7 +124,7 @@ def _train_vae(
     return {**params, "vae": vae}
 
 
-def _train_dynamics(
+def train_dynamics(
     config: Config,
     world: UMMWorld,
     params: Params,
@@ -131,6 +132,8 @@ def _train_dynamics(
     episodes: list[Episode],
     directory: Path,
 ) -> Params:
+    """Parameters after joint training on the transitions of `sources` and the reward labels of
+    `episodes`; one whose weight in the config is 0 is left out."""
     section = config.world_model
     no, yes = by_label(reward_examples(episodes, observation_builder(config)))
     yes_share = section.reward_yes_fraction
@@ -149,10 +152,15 @@ def _train_dynamics(
     def loss_fn(trained, frozen, batch, key):
         transition, example = batch
         everything = {**trained, **frozen}
-        dynamics, dynamics_metrics = world.dynamics_loss(everything, transition, key)
-        reward, reward_metrics = world.reward_loss(everything, example)
-        loss = section.dynamics_weight * dynamics + section.reward_weight * reward
-        return loss, {**dynamics_metrics, **reward_metrics}
+        loss, metrics = 0.0, {}
+        if section.dynamics_weight:
+            dynamics, metrics = world.dynamics_loss(everything, transition, key)
+            loss += section.dynamics_weight * dynamics
+        if section.reward_weight:
+            reward, reward_metrics = world.reward_loss(everything, example)
+            loss += section.reward_weight * reward
+            metrics = {**metrics, **reward_metrics}
+        return loss, metrics
 
     frozen = {k: v for k, v in params.items() if k in world.frozen}
     trained = fit(
@@ -183,17 +191,17 @@ def measure_fidelity(
         raise StageError(
             "no held-out transitions; raise --config.world_model.holdout_fraction or collect more"
         )
-    chosen = collate([source[i] for i in _spread(len(source), FIDELITY_TRANSITIONS)])
+    chosen = collate([source[i] for i in spread(len(source), FIDELITY_TRANSITIONS)])
     key = jax.random.key(config.seed + 3)
     report = {
         "held_out_transitions": len(source),
-        "fidelity": _plain(metrics.fidelity(world, params, chosen, key)),
-        "reward": _reward_quality(world, params, reward_examples(episodes, builder)),
+        "fidelity": metrics.fidelity(chosen, metrics.imagine_chunk(world, params, chosen, key)),
+        "reward": metrics.classification(*answers(world, params, episodes, builder)),
     }
     sequences = transition_sequences(episodes, builder, config.chunk, config.world_model.horizon)
     if not len(sequences):
         return report
-    some = collate([sequences[i] for i in _spread(len(sequences), 64)])
+    some = collate([sequences[i] for i in spread(len(sequences), 64)])
     observation = jax.tree.map(lambda x: x[:, 0], some.observation)
     actions, seen = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), (some.actions, some.next_images))
     imagined = metrics.imagine_open_loop(world, params, observation, actions, key)
@@ -202,7 +210,11 @@ def measure_fidelity(
     return report
 
 
-def _reward_quality(world: UMMWorld, params: Params, examples: Source) -> dict:
+def answers(
+    world: WorldModel, params: Params, episodes: list[Episode], builder: ObservationBuilder
+) -> tuple[np.ndarray, np.ndarray]:
+    """P(Yes) and label of every labelled frame of the episodes."""
+    examples = reward_examples(episodes, builder)
     reward = jax.jit(world.reward)
     probabilities, labels = [], []
     for first in range(0, len(examples), 128):
@@ -210,18 +222,13 @@ def _reward_quality(world: UMMWorld, params: Params, examples: Source) -> dict:
         batch = collate(rows + [rows[-1]] * (128 - len(rows)))
         probabilities.append(np.asarray(reward(params, batch.observation))[: len(rows)])
         labels.append(batch.label[: len(rows)])
-    labels, probabilities = np.concatenate(labels), np.concatenate(probabilities)
-    return {
-        **_plain(metrics.classification(probabilities, labels)),
-        "frames": len(labels),
-        "yes_frames": int(labels.sum()),
-    }
+    return np.concatenate(probabilities), np.concatenate(labels)
 
 
 def _save_film_strips(start: Images, imagined: Images, seen: Images, path: Path) -> None:
     arrays = {}
     for camera, first in start.items():
-        rows = _spread(len(first), FILM_STRIPS)
+        rows = spread(len(first), FILM_STRIPS)
         for name, frames in (("imagined", imagined[camera]), ("real", seen[camera])):
             strip = np.concatenate([first[None], frames])[:, rows]
             arrays[f"{name}/{camera}"] = np.swapaxes(strip, 0, 1)
@@ -233,6 +240,6 @@ def _plain(numbers):
     return jax.tree.map(lambda x: np.asarray(x).tolist(), numbers)
 
 
-def _spread(total: int, wanted: int) -> np.ndarray:
+def spread(total: int, wanted: int) -> np.ndarray:
     """At most `wanted` indices spread evenly over range(total)."""
     return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))

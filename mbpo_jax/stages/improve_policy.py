@@ -49,7 +49,14 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
             "rollouts) or 'episode_start' (full-horizon imagination)"
         )
     improved = optimize_policy(
-        config, policy, world, params, world_params, starts, directory=directory
+        config,
+        policy,
+        world,
+        params,
+        world_params,
+        starts,
+        directory=directory,
+        trainable=policy.trainable(params)["actor"],
     )
     save_params(directory / "policy", improved)
     history = read_metrics(directory / "metrics.jsonl")
@@ -72,6 +79,7 @@ def optimize_policy(
     starts: Source,
     *,
     directory: Path,
+    trainable: Params | None = None,
 ) -> Params:
     """The loop of the method: refill a buffer of imagined branches, then clipped updates on it.
 
@@ -80,6 +88,7 @@ def optimize_policy(
     Args:
         starts: the observations that branches may start from.
         directory: receives metrics and checkpoints.
+        trainable: which of the actor's parameters move (see `PPO`).
 
     Returns:
         the improved {"actor", "critic"} parameters.
@@ -96,6 +105,7 @@ def optimize_policy(
         value_clip=rl.value_clip,
         huber_delta=rl.huber_delta,
         critic_warmup=rl.critic_warmup,
+        trainable=trainable,
     )
     state = ppo.init(params)
     state = jax.device_put(state, parameter_sharding(state, mesh))

@@ -1,42 +1,15 @@
 """Stage `report`: one HTML file, `results.json` and TensorBoard scalars of what was found."""
 
 import base64
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import jinja2
 import numpy as np
-from matplotlib import pyplot as plt
 
 from mbpo_jax.stages import figures
+from mbpo_jax.stages.page import Image, Section, Table, png, render
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
-
-
-@dataclass
-class Image:
-    """A picture of the report: `data` is base64 of a `kind` ("png" or "gif") file."""
-
-    data: str
-    kind: str
-    caption: str
-
-
-@dataclass
-class Table:
-    header: Sequence[str]
-    rows: list[Sequence[str]]
-
-
-@dataclass
-class Section:
-    heading: str
-    text: str = ""
-    tables: list[Table] = field(default_factory=list)
-    images: list[Image] = field(default_factory=list)
 
 
 def write_report(workspace: Workspace, stages: Sequence[str]) -> str:
@@ -63,9 +36,7 @@ def write_report(workspace: Workspace, stages: Sequence[str]) -> str:
     sections = [_evaluation_section(workspace, summaries)] if "evaluate" in summaries else []
     sections += [build(workspace, summaries) for s, build in builders.items() if s in summaries]
     sections.append(_run_section(summaries))
-    page = jinja2.Template(
-        Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True
-    ).render(
+    html = render(
         title=f"VLA-MBPO on {config.suite}, task{'s' if len(config.tasks) > 1 else ''} "
         + ", ".join(map(str, config.tasks)),
         subtitle=f"seed {config.seed}; branches of {config.rl.branch_chunks} chunks of "
@@ -75,7 +46,7 @@ def write_report(workspace: Workspace, stages: Sequence[str]) -> str:
         config=json.dumps(results["config"], indent=1),
     )
     path = workspace.root / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html, encoding="utf-8")
     return f"\n{_terminal_table(summaries)}\n{_verdict(summaries)}\nreport: {path}"
 
 
@@ -171,7 +142,7 @@ def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
         ],
     )
     labels = {t: f"task {t}" for t in instructions}
-    images = [_png(figures.success_bars(policies, labels), "success with 95 % Wilson intervals")]
+    images = [png(figures.success_bars(policies, labels), "success with 95 % Wilson intervals")]
     for kind, video in summary["videos"].items():
         data = (workspace.directory("evaluate") / video["file"]).read_bytes()
         caption = f"improved policy, {kind}: task {video['task']}, init state {video['init_state']}"
@@ -208,7 +179,7 @@ def _sft_section(workspace: Workspace, summaries: dict) -> Section:
         f"{s['parameters'] / 1e6:.2f} M parameters, {s['steps']} steps; the loss went from "
         f"{records[0]['loss']:.3f} to {records[-1]['loss']:.3f}."
     )
-    return Section("Supervised fine-tuning", text, images=[_png(figure, "training loss")])
+    return Section("Supervised fine-tuning", text, images=[png(figure, "training loss")])
 
 
 def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
@@ -224,7 +195,7 @@ def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
     vae = read_metrics(directory / "vae" / "metrics.jsonl")
     if vae:
         panels.insert(0, ("autoencoder PSNR (dB)", {"psnr": _line(vae, "vae/psnr")}))
-    images = [_png(figures.curves(panels), "training of the world model")]
+    images = [png(figures.curves(panels), "training of the world model")]
     rows = [
         (
             camera,
@@ -247,7 +218,7 @@ def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
         ],
     )
     if "horizon" in s:
-        images.append(_png(figures.horizon_curves(s["horizon"]), "fidelity against horizon"))
+        images.append(png(figures.horizon_curves(s["horizon"]), "fidelity against horizon"))
     strips = directory / "fidelity.npz"
     if strips.exists():
         with np.load(strips) as arrays:
@@ -255,7 +226,7 @@ def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
                 figure = figures.film_strip(
                     arrays[f"real/{camera}"], arrays[f"imagined/{camera}"], camera
                 )
-                images.append(_png(figure, f"held-out episodes, {camera}: open loop"))
+                images.append(png(figure, f"held-out episodes, {camera}: open loop"))
     better = [c for c, v in s["fidelity"].items() if v["psnr"] > v["copy_psnr"]]
     text = (
         f"{s['parameters'] / 1e6:.2f} M parameters, {s['transitions']} transitions of "
@@ -284,7 +255,7 @@ def _improve_section(workspace: Workspace, summaries: dict) -> Section:
         "What that is worth in the simulator is the first section."
     )
     return Section(
-        "Policy optimisation in imagination", text, images=[_png(figure, "PPO in the world model")]
+        "Policy optimisation in imagination", text, images=[png(figure, "PPO in the world model")]
     )
 
 
@@ -302,10 +273,3 @@ def _run_section(summaries: dict) -> Section:
 def _line(records: list[dict], name: str) -> tuple[list[float], list[float]]:
     chosen = [r for r in records if name in r]
     return [r["step"] for r in chosen], [r[name] for r in chosen]
-
-
-def _png(figure, caption: str) -> Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return Image(base64.b64encode(buffer.getvalue()).decode(), "png", caption)

@@ -31,16 +31,26 @@ class TrainState:
 
 
 def make_optimizer(
-    *, learning_rate: float, warmup_steps: int, steps: int, weight_decay: float, grad_clip: float
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    steps: int,
+    weight_decay: float,
+    grad_clip: float,
+    trainable: Params | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to 5 % of the peak, and global-norm clipping."""
+    """AdamW with linear warm-up, cosine decay to 5 % of the peak, and global-norm clipping.
+
+    Where the tree of bools `trainable` is False there is no optimiser state and no weight decay;
+    the gradient is expected to be zero there.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps, max(steps, warmup_steps + 1), 0.05 * learning_rate
     )
-    return optax.chain(
-        optax.clip_by_global_norm(grad_clip),
-        optax.adamw(schedule, b2=0.98, weight_decay=weight_decay),
-    )
+    adamw = optax.adamw(schedule, b2=0.98, weight_decay=weight_decay)
+    if trainable is not None:
+        adamw = optax.masked(adamw, trainable)
+    return optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
 
 
 def train_step(
@@ -59,7 +69,8 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, params)
+        # In this form the average of a frozen parameter is that parameter, bit for bit.
+        ema = jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), state.ema, params)
         metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(params, ema, opt_state, state.step + 1), metrics
 
@@ -84,6 +95,7 @@ def fit(
     ema_decay: float,
     log_every: int,
     checkpoint_every: int,
+    trainable: Params | None = None,
 ) -> Params:
     """Trains `params` for `steps` steps and returns their exponential moving average.
 
@@ -97,6 +109,7 @@ def fit(
         batches: `batches(i)` yields the host batches of steps i, i + 1, ...
         directory: receives `checkpoints/` and the metrics.
         name: what the progress bar says.
+        trainable: tree of bools like `params`, False where the loss stops the gradient.
 
     Raises:
         FloatingPointError: when the loss is not finite; earlier checkpoints are kept.
@@ -107,6 +120,7 @@ def fit(
         steps=steps,
         weight_decay=weight_decay,
         grad_clip=grad_clip,
+        trainable=trainable,
     )
     # The jitted step donates its state, so the average needs a buffer of its own.
     state = TrainState(

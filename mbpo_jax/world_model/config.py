@@ -41,6 +41,9 @@ class UMMConfig:
     # to the current frame's latents (x-prediction), and decoding adds the decoded difference to the
     # current pixels, which cancels the VAE's reconstruction error.
     prediction: str = "velocity"
+    # Later views are generated from the earlier views at t+k (interleaved view decoding); if False,
+    # every view on its own from all current views and the actions.
+    interleaved: bool = True
     actions_as: str = "text"  # "text" (`Step i: [...]`) or "embedding" (one token per step)
     targets_per_example: int = 1  # noised targets (independent times) behind one training context
     train_timestep_shift: float = 4.0

@@ -49,7 +49,8 @@ def ssim(a: Array, b: Array) -> Float[Array, "*B"]:
 
 
 def classification(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of "Yes" at probability > 0.5; 0 where undefined."""
+    """Accuracy, precision, recall and F1 of "Yes" at probability > 0.5 (0 where undefined), the
+    number of "frames" and of "yes_frames" among them."""
     yes, truth = np.asarray(probability) > 0.5, np.asarray(label) > 0.5
     hits = float(np.sum(yes & truth))
     claimed, actual = float(np.sum(yes)), float(np.sum(truth))
@@ -58,42 +59,72 @@ def classification(probability: np.ndarray, label: np.ndarray) -> dict[str, floa
         "precision": hits / claimed if claimed else 0.0,
         "recall": hits / actual if actual else 0.0,
         "f1": 2 * hits / (claimed + actual) if claimed + actual else 0.0,
+        "frames": len(truth),
+        "yes_frames": int(actual),
     }
 
 
-def fidelity(
-    world: WorldModel,
-    params: Params,
-    transitions: Transition,
-    key: Array,
-    batch_size: int = 64,
-) -> dict[str, dict[str, float]]:
-    """Mean PSNR and SSIM of one imagined chunk per view, and of copying the current frame.
+def calibration(
+    probability: np.ndarray, label: np.ndarray, bins: int = 10
+) -> dict[str, float | list[float]]:
+    """Expected calibration error (Guo et al., arXiv 1706.04599) with `bins` equal bins, and per bin
+    the mean probability, the share of "Yes" labels and the count."""
+    probability, truth = np.asarray(probability), np.asarray(label) > 0.5
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    divisor = np.maximum(count, 1)
+    claimed = np.bincount(place, probability, bins) / divisor
+    actual = np.bincount(place, truth, bins) / divisor
+    error = float(np.abs(claimed - actual) @ count / max(count.sum(), 1))
+    return {
+        "calibration_error": error,
+        "bin_probability": claimed.tolist(),
+        "bin_yes_share": actual.tolist(),
+        "bin_count": count.tolist(),
+    }
 
-    Args:
-        transitions: with one leading axis; the last batch may be smaller.
 
-    Returns:
-        camera -> {"psnr", "ssim", "copy_psnr", "copy_ssim"}.
-    """
-    step, compare = jax.jit(world.step), jax.jit(_compare)
+def imagine_chunk(
+    world: WorldModel, params: Params, transitions: Transition, key: Array, batch_size: int = 64
+) -> dict[str, np.ndarray]:
+    """The views one imagined chunk after each transition's start: camera -> uint8 [N, H, W, 3]."""
+    step = jax.jit(world.step)
     count = len(transitions.actions)
     # One shape, hence one compilation: the last batch is filled up with earlier transitions.
     batch_size = min(batch_size, count)
-    scores: dict[str, dict[str, list]] = {}
+    frames = []
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size) % count
         batch = jax.tree.map(lambda x, rows=rows: x[rows], transitions)
         seen = step(params, batch.observation, batch.actions, jax.random.fold_in(key, start)).images
         keep = min(batch_size, count - start)
-        for camera, truth in batch.next_images.items():
-            rows = compare(seen[camera], batch.observation.images[camera], truth)
-            for name, values in rows.items():
-                scores.setdefault(camera, {}).setdefault(name, []).append(values[:keep])
-    return {
-        camera: {name: float(np.concatenate(values).mean()) for name, values in rows.items()}
-        for camera, rows in scores.items()
-    }
+        frames.append({camera: np.asarray(x)[:keep] for camera, x in seen.items()})
+    return {camera: np.concatenate([f[camera] for f in frames]) for camera in frames[0]}
+
+
+def fidelity(
+    transitions: Transition, imagined: Mapping[str, np.ndarray], batch_size: int = 64
+) -> dict[str, dict[str, float]]:
+    """Mean PSNR and SSIM of one imagined chunk per view, and of copying the current frame.
+
+    Args:
+        transitions: with one leading axis [N].
+        imagined: what `imagine_chunk` gave for them.
+
+    Returns:
+        camera -> {"psnr", "ssim", "copy_psnr", "copy_ssim"}.
+    """
+    compare, scores = jax.jit(_compare), {}
+    for camera, frames in imagined.items():
+        now, truth = transitions.observation.images[camera], transitions.next_images[camera]
+        parts = [
+            compare(*(x[i : i + batch_size] for x in (frames, now, truth)))
+            for i in range(0, len(frames), batch_size)
+        ]
+        scores[camera] = {
+            name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]
+        }
+    return scores
 
 
 def _compare(imagined, current, truth):
@@ -103,6 +134,46 @@ def _compare(imagined, current, truth):
         "copy_psnr": psnr(current, truth),
         "copy_ssim": ssim(current, truth),
     }
+
+
+def motion_by_decile(
+    current: np.ndarray, imagined: np.ndarray, truth: np.ndarray
+) -> dict[str, list[float]]:
+    """Mean absolute change of pixels (grey levels) by decile of the real change, smallest first.
+
+    Args:
+        current, imagined, truth: uint8 [N, H, W, 3].
+
+    Returns:
+        {"real": [10], "imagined": [10]}; a model that predicts "nothing moved" has small numbers in
+        the second list (the motion underestimation of arXiv 2603.20607, appendix E.2).
+    """
+
+    def change(frames):
+        return np.abs(frames.astype(np.int16) - current).mean(axis=(1, 2, 3))
+
+    real, predicted = change(truth), change(imagined)
+    groups = np.array_split(np.argsort(real, kind="stable"), 10)
+    return {
+        "real": [float(real[g].mean()) for g in groups if len(g)],
+        "imagined": [float(predicted[g].mean()) for g in groups if len(g)],
+    }
+
+
+def linear_probe(
+    features: np.ndarray, targets: np.ndarray, ridge: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of targets [N, T] on standardised features [N, D]: `features @ w + b`.
+
+    Args:
+        ridge: penalty per example.
+    """
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    x, centre = (features - mean) / std, targets.mean(0)
+    # With fewer examples than features the dual form is the smaller system.
+    gram = x @ x.T + ridge * len(x) * np.eye(len(x))
+    w = x.T @ np.linalg.solve(gram, targets - centre) / std[:, None]
+    return w, centre - mean @ w
 
 
 def imagine_open_loop(

@@ -288,7 +288,7 @@ class UMMWorld:
 
     def _conditions(self, params, camera, frames, done, action):
         """Segments that `camera` at t+k is conditioned on, after the prompt."""
-        if camera == self.cameras[0]:
+        if camera == self.cameras[0] or not self.config.interleaved:
             seen, texts = frames.values(), [action]
         else:
             seen, texts = [frames[camera], *done.values()], []

@@ -70,6 +70,7 @@ def test_demonstrations(builder, make_episode):
     source = demonstrations(episodes, builder)
     # The last frame of an episode has no action to imitate.
     assert rows(source) == [(0, 0), (0, 1), (1, 0)]
+    assert [bool(source[i].optimal) for i in range(3)] == [True, True, False]
     record = source[2]
     np.testing.assert_array_equal(record.actions, episodes[1].target_actions[0])
     assert_equal_trees(record.observation, builder.at(episodes[1], 0))
@@ -107,7 +108,7 @@ def test_episode_shorter_than_a_chunk(builder, make_episode):
 
 
 def test_transitions_of_another_chunk_length(builder, make_episode):
-    with pytest.raises(ValueError, match="chunks of 4 steps, not 10"):
+    with pytest.raises(ValueError, match="chunks of 4 steps, less than 10"):
         transitions([make_episode([0, 4])], builder, 10)
 
 

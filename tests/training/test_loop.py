@@ -27,17 +27,19 @@ def batches_dying_at(last):
     return batches
 
 
-def train(directory, last=10**9, steps=40, **changes):
-    options = {
-        "steps": steps,
-        "learning_rate": 0.1,
-        "warmup_steps": 5,
-        "weight_decay": 0.0,
-        "grad_clip": 10.0,
-        "ema_decay": 0.9,
-        "log_every": 4,
-        "checkpoint_every": 10,
-    }
+OPTIONS = {
+    "steps": 40,
+    "learning_rate": 0.1,
+    "warmup_steps": 5,
+    "weight_decay": 0.0,
+    "grad_clip": 10.0,
+    "ema_decay": 0.9,
+    "log_every": 4,
+    "checkpoint_every": 10,
+}
+
+
+def train(directory, last=10**9, **changes):
     return fit(
         loss_fn,
         {"w": jnp.zeros(3)},
@@ -47,13 +49,35 @@ def train(directory, last=10**9, steps=40, **changes):
         mesh=make_mesh(),
         seed=3,
         name="test",
-        **{**options, **changes},
+        **{**OPTIONS, **changes},
     )
 
 
 def test_it_learns_a_line(tmp_path):
     params = train(tmp_path, steps=150)
     np.testing.assert_allclose(params["w"], [2.0, 2.0, 2.0], atol=0.05)
+
+
+def test_a_frozen_parameter_neither_decays_nor_drifts(tmp_path):
+    def loss(params, frozen, batch, key):
+        return loss_fn(
+            {"w": params["w"]}, {"slope": jax.lax.stop_gradient(params["slope"])}, batch, key
+        )
+
+    params = fit(
+        loss,
+        {"w": jnp.zeros(3), "slope": jnp.asarray(2.1)},
+        {},
+        batches_dying_at(10**9),
+        directory=tmp_path,
+        mesh=make_mesh(),
+        seed=3,
+        name="test",
+        trainable={"w": True, "slope": False},
+        **{**OPTIONS, "weight_decay": 0.5},
+    )
+    assert params["slope"] == jnp.asarray(2.1)
+    assert np.all(params["w"] > 0.5)
 
 
 def test_resume_equals_uninterrupted(tmp_path):

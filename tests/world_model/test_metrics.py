@@ -36,6 +36,7 @@ def test_classification_by_hand():
     # 2 hits, 1 false alarm, 1 miss, 1 correct rejection.
     found = metrics.classification([0.9, 0.6, 0.8, 0.1, 0.2], [1, 1, 0, 1, 0])
     expected = {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    expected |= {"frames": 5, "yes_frames": 3}
     assert {k: round(v, 9) for k, v in found.items()} == {
         k: round(v, 9) for k, v in expected.items()
     }
@@ -44,7 +45,8 @@ def test_classification_by_hand():
 
 def test_copying_scores_as_the_baseline():
     transitions = make_transition(batch=(5,))
-    report = metrics.fidelity(CopyWorld(), {}, transitions, jax.random.key(0), batch_size=2)
+    imagined = metrics.imagine_chunk(CopyWorld(), {}, transitions, jax.random.key(0), batch_size=2)
+    report = metrics.fidelity(transitions, imagined, batch_size=2)
     for camera in CAMERAS:
         scores = report[camera]
         now, later = transitions.observation.images[camera], transitions.next_images[camera]
@@ -66,3 +68,35 @@ def test_horizon_compares_with_each_frame():
         expected = [100.0, float(metrics.psnr(start[camera], later[camera]).mean())]
         np.testing.assert_allclose(curve[camera]["psnr"], expected, rtol=1e-5)
         np.testing.assert_allclose(curve[camera]["copy_psnr"], expected, rtol=1e-5)
+
+
+def test_calibration_by_hand():
+    # Two bins: 0.2 and 0.4 with one "Yes" of two (gap 0.2), 0.9 with a "Yes" (gap 0.1).
+    found = metrics.calibration([0.2, 0.4, 0.9], [0, 1, 1], bins=2)
+    np.testing.assert_allclose(found["calibration_error"], (2 * 0.2 + 0.1) / 3, atol=1e-9)
+    np.testing.assert_allclose(found["bin_probability"], [0.3, 0.9])
+    np.testing.assert_allclose(found["bin_yes_share"], [0.5, 1.0])
+    assert found["bin_count"] == [2, 1]
+    assert metrics.calibration([1.0], [1])["bin_count"][-1] == 1
+
+
+def test_motion_is_sorted_by_the_real_change():
+    current = np.full((10, 2, 2, 3), 100, np.uint8)
+    real = np.array([5, 1, 9, 3, 7, 2, 8, 4, 6, 10], np.uint8)
+    truth = current + real[:, None, None, None]
+    imagined = current + (real // 2)[:, None, None, None]
+    found = metrics.motion_by_decile(current, imagined, truth)
+    np.testing.assert_array_equal(found["real"], np.arange(1, 11))
+    np.testing.assert_array_equal(found["imagined"], np.arange(1, 11) // 2)
+
+
+def test_probe_finds_a_linear_map():
+    rng = np.random.default_rng(0)
+    features, true = rng.normal(size=(50, 4)), rng.normal(size=(4, 2))
+    w, b = metrics.linear_probe(features, features @ true + 3.0, ridge=1e-9)
+    np.testing.assert_allclose(w, true, atol=1e-6)
+    np.testing.assert_allclose(b, [3.0, 3.0], atol=1e-6)
+    # Far more features than examples are no problem.
+    wide = rng.normal(size=(10, 200))
+    w, b = metrics.linear_probe(wide, wide[:, :1], ridge=1e-6)
+    np.testing.assert_allclose(wide @ w + b, wide[:, :1], atol=1e-3)

