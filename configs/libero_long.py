@@ -128,8 +128,9 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.rl.huber_delta = 10.0
 
     c.fidelity = ml_collections.ConfigDict()
-    # Models that lack a part, trained and measured beside the world model: also
-    # "without_pretraining", where pretrained.world_model names a checkpoint.
+    # Models that lack a part, trained and measured beside the world model; there are also
+    # "actions_as_text", "actions_as_embedding" and, for a model that began as a checkpoint,
+    # "without_pretraining".
     c.fidelity.ablations = ("independent_views", "frame_by_frame", "separate_reward")
 
     c.evaluation = ml_collections.ConfigDict()

@@ -280,9 +280,25 @@ def _without_pretraining(study: Study, directory: Path) -> Contender:
     return Contender(study.world, params, params)
 
 
+def _actions_as(kind: str) -> Callable[[Study, Path], Contender]:
+    """Actions written as text, or as one embedded token per step."""
+
+    def ablation(study: Study, directory: Path) -> Contender:
+        if study.config.world_model.model.actions_as == kind:
+            raise StageError(f"fidelity.ablations: the world model's actions are {kind} already")
+        config = _changed(study.config, lambda c: c.world_model.model.update(actions_as=kind))
+        world = build_world_model(config)
+        params = _trained(study, config, world, directory)
+        return Contender(world, params, params)
+
+    return ablation
+
+
 ABLATIONS: dict[str, Callable[[Study, Path], Contender]] = {
     "independent_views": _independent_views,
     "frame_by_frame": _frame_by_frame,
     "separate_reward": _separate_reward,
+    "actions_as_text": _actions_as("text"),
+    "actions_as_embedding": _actions_as("embedding"),
     "without_pretraining": _without_pretraining,
 }
