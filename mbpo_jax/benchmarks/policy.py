@@ -51,7 +51,7 @@ def sizes() -> dict[str, Pi0Config]:
             times_per_example=1,
             eval_steps=DENOISE_STEPS,
             dtype="float32" if on_cpu else "bfloat16",
-            unroll=on_cpu and name != "pi05",
+            unroll=on_cpu and name == "tiny",
         )
         for name, config in configs.items()
     }

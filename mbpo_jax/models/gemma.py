@@ -21,6 +21,7 @@ from mbpo_jax.models.layers import SCAN, LayerLoop, lecun_normal, linear, matmul
 
 RMS_EPSILON = 1e-6
 ROPE_WAVELENGTH = 10_000.0
+NORMS = ("pre_attention_norm", "pre_ffw_norm")  # of every layer
 MASKED_LOGIT = -2.3819763e38  # written, not added: a row without any valid key attends uniformly
 
 
@@ -82,7 +83,7 @@ def init(
                 next(keys), (*stack, config.mlp_dim, config.width), config.mlp_dim
             ),
         }
-        for name in ("pre_attention_norm", "pre_ffw_norm"):
+        for name in NORMS:
             layers[f"{name}{suffix}"] = _init_norm(config.width, stack, modulated)
     table = jax.random.normal(next(keys), (vocab_size, language.width)) * language.width**-0.5
     return {
@@ -132,11 +133,22 @@ def encode_prefix(
     return features, KVCache(keys, values, mask)
 
 
+def modulations(params: dict, condition: jax.Array) -> dict[str, jax.Array]:
+    """What `condition` [*T, D] makes of the expert's adaptive norms, all layers at once: scale,
+    shift and gate, [*T, L, 3 D] before attention and MLP and [*T, 3 D] at the end."""
+    stacked = {name: params["layers"][f"{name}_1"]["Dense_0"] for name in NORMS}
+    per_layer = {
+        name: jax.vmap(linear, in_axes=(0, None), out_axes=-2)(weights, condition)
+        for name, weights in stacked.items()
+    }
+    return {**per_layer, "final_norm": linear(params["final_norm_1"]["Dense_0"], condition)}
+
+
 def denoise(
     params: dict,
     tokens: jax.Array,
     cache: KVCache,
-    condition: jax.Array | None,
+    modulation: dict[str, jax.Array] | None,
     attend: jax.Array,
     loop: LayerLoop = SCAN,
 ) -> jax.Array:
@@ -144,7 +156,8 @@ def denoise(
 
     Args:
         tokens: [B, M, T, D]; the M sets do not see each other.
-        condition: [B, M, D] for adaptive norms, None for plain ones (π0).
+        modulation: `modulations` of conditions [B, M, D] (or [1, M, D], the same for all); None
+            for plain norms (π0).
         attend: bool [T, T], query by key, attention of the expert's tokens to each other.
 
     Returns:
@@ -166,13 +179,16 @@ def denoise(
     )
 
     def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-        weights, *context = layer
-        x, _ = _block(weights, x, rope, attend, condition, context)
+        weights, modulation, *context = layer
+        x, _ = _block(weights, x, rope, attend, modulation, context)
         return x, None
 
     x = tokens.reshape(batch, sets * length, width)
-    x, _ = loop(block, x, (members, cache.keys, cache.values))
-    features, _ = _norm(params["final_norm_1"], x, condition)
+    modulation = dict(modulation or {})
+    final = modulation.pop("final_norm", None)
+    by_layer = jax.tree.map(lambda y: jnp.moveaxis(y, -2, 0), modulation)
+    x, _ = loop(block, x, (members, by_layer, cache.keys, cache.values))
+    features, _ = _norm(params["final_norm_1"], x, final)
     return features.reshape(tokens.shape)
 
 
@@ -183,21 +199,23 @@ def _member(layers: dict, suffix: str) -> dict:
         for name in ("q_einsum", "kv_einsum", "qkv_einsum", "attn_vec_einsum")
         if f"{name}{suffix}" in layers["attn"]
     }
-    blocks = ("mlp", "pre_attention_norm", "pre_ffw_norm")
-    return {"attn": attention} | {name: layers[f"{name}{suffix}"] for name in blocks}
+    members = {name: layers[f"{name}{suffix}"] for name in ("mlp", *NORMS)}
+    plain = {name: x for name, x in members.items() if "Dense_0" not in x}  # others: `modulations`
+    return {"attn": attention} | plain
 
 
 def _head_dim(layers: dict) -> int:
     return layers["attn"]["attn_vec_einsum"]["w"].shape[-2]
 
 
-def _block(weights, x, rope, attend, condition=None, context=None, stop_here=None):
+def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=None):
     """One layer over x [B, T, D]; also returns its own keys and values [B, G, T, H].
 
     `context`: earlier keys and values [B, G, S, H] to attend to; `attend` bool [B, T, S + T].
     `stop_here`: bool scalar, True leaves x as it is.
     """
-    normed, attention_gate = _norm(weights["pre_attention_norm"], x, condition)
+    modulation = modulation or {}
+    normed, attention_gate = _norm(weights.get(NORMS[0]), x, modulation.get(NORMS[0]))
     query, key, value = _heads(weights["attn"], normed, rope)
 
     def rest(x: jax.Array) -> jax.Array:
@@ -206,7 +224,7 @@ def _block(weights, x, rope, attend, condition=None, context=None, stop_here=Non
             keys = jnp.concatenate([context[0], key], axis=2)
             values = jnp.concatenate([context[1], value], axis=2)
         x = x + _attention(weights["attn"], query, keys, values, attend) * attention_gate
-        normed, gate = _norm(weights["pre_ffw_norm"], x, condition)
+        normed, gate = _norm(weights.get(NORMS[1]), x, modulation.get(NORMS[1]))
         gated, plain = (matmul(normed, kernel) for kernel in weights["mlp"]["gating_einsum"])
         hidden = jax.nn.gelu(gated, approximate=True) * plain
         return x + matmul(hidden, weights["mlp"]["linear"]) * gate
@@ -264,15 +282,14 @@ def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def _norm(weights: dict, x: jax.Array, condition: jax.Array | None):
+def _norm(weights: dict | None, x: jax.Array, modulation: jax.Array | None):
     """RMSNorm of x [B, T, D] and the gate of the branch that follows: plain (gate 1), or modulated
-    (adaRMS) by `condition` [B, M, D], each row for T / M consecutive tokens."""
+    (adaRMS) by `modulation` [B or 1, M, 3 D], each row for T / M consecutive tokens."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + RMS_EPSILON)
-    if "scale" in weights:
+    if modulation is None:
         return (normed * (1 + weights["scale"])).astype(x.dtype), jnp.ones((), x.dtype)
-    modulation = linear(weights["Dense_0"], condition)
-    modulation = jnp.repeat(modulation, x.shape[1] // condition.shape[1], axis=1)
+    modulation = jnp.repeat(modulation, x.shape[1] // modulation.shape[1], axis=1)
     scale, shift, gate = jnp.split(modulation, 3, axis=-1)
     return (normed * (1 + scale) + shift).astype(x.dtype), gate.astype(x.dtype)
 

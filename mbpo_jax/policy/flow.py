@@ -6,14 +6,18 @@ have one (πRL, arXiv 2510.25889): *Flow-SDE* replaces one Euler step, drawn at 
 chunk, by a Gaussian step with (in the limit of small steps) the same marginals; *Flow-Noise* adds
 Gaussian noise to every step and uses the joint density of the whole chain.
 
-A velocity function takes x [B, M, k, D] and t [B, M], M states of each example at M times, and
-gives the velocity [B, M, k, D] and the features behind it [B, M, k, W]. Log-probabilities here are
-elementwise, [B, ..., k, D]; whoever knows which dimensions are real sums them.
+A velocity function takes x [B, M, k, D] and times, M states of each example at M times, and gives
+the velocity [B, M, k, D] and the features behind it [B, M, k, W]. Times come as `at(t)`, t being
+[B, M], or [1, M] where they are the same for all; `at` computes what depends on the time alone,
+leading axes first, and samplers call it once for all steps. By default it is t itself.
+Log-probabilities here are elementwise, [B, ..., k, D]; whoever knows which dimensions are real sums
+them.
 """
 
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +27,8 @@ from flax import struct
 from mbpo_jax.models.layers import dense, linear
 from mbpo_jax.policy.config import FlowConfig
 
-VelocityFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+TimeFunction = Callable[[jax.Array], Any]
+VelocityFunction = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
 @struct.dataclass
@@ -125,14 +130,20 @@ def guided(
 ) -> VelocityFunction:
     """Classifier-free guidance: v = v_u + scale·(v_c − v_u) (Ho & Salimans, arXiv 2207.12598)."""
 
-    def velocity(x: jax.Array, times: jax.Array) -> tuple[jax.Array, jax.Array]:
-        (towards, features), (base, _) = conditional(x, times), unconditional(x, times)
+    def velocity(x: jax.Array, time: Any) -> tuple[jax.Array, jax.Array]:
+        (towards, features), (base, _) = conditional(x, time), unconditional(x, time)
         return base + scale * (towards - base), features
 
     return velocity
 
 
-def sample_ode(velocity: VelocityFunction, noise: jax.Array, steps: int) -> jax.Array:
+def _itself(times: jax.Array) -> jax.Array:
+    return times
+
+
+def sample_ode(
+    velocity: VelocityFunction, noise: jax.Array, steps: int, at: TimeFunction = _itself
+) -> jax.Array:
     """Euler integration from `noise` [B, k, D] to data [B, k, D].
 
     Times are accumulated in float32 as openpi does: the fastest of the time embedding's waves
@@ -141,25 +152,30 @@ def sample_ode(velocity: VelocityFunction, noise: jax.Array, steps: int) -> jax.
     delta = np.float32(-1 / steps)
     times = np.cumsum([1.0, *[delta] * (steps - 1)], dtype=np.float32)
 
-    def advance(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-        v, _ = _one(velocity, x, jnp.full(x.shape[0], t))
+    def advance(x: jax.Array, time: Any) -> tuple[jax.Array, None]:
+        v, _ = _one(velocity, x, _for_all(time))
         return x + delta * v, None
 
-    return jax.lax.scan(advance, noise, jnp.asarray(times))[0]
+    return jax.lax.scan(advance, noise, at(jnp.asarray(times)))[0]
 
 
 def sample_sde(
-    velocity: VelocityFunction, noise: jax.Array, key: jax.Array, config: FlowConfig
+    velocity: VelocityFunction,
+    noise: jax.Array,
+    key: jax.Array,
+    config: FlowConfig,
+    at: TimeFunction = _itself,
 ) -> tuple[jax.Array, SdeChain, jax.Array]:
     """Flow-SDE: actions [B, k, D], chain, log-probability [B, k, D] of its stochastic step."""
     step_key, noise_key = jax.random.split(key)
     chosen = jax.random.randint(step_key, noise.shape[:1], 0, config.steps)
     draw = jax.random.normal(noise_key, noise.shape)
-    times = jnp.asarray(schedule(config.steps))
+    times = at(jnp.asarray(schedule(config.steps)[:-1]))
 
-    def advance(carry, step):
+    def advance(carry, now):
         x, chain, log_prob = carry
-        v, _ = _one(velocity, x, jnp.full(x.shape[0], times[step]))
+        step, time = now
+        v, _ = _one(velocity, x, _for_all(time))
         mean, std = sde_step(x, v, chosen, config.steps, config.noise_level)
         here = (chosen == step)[:, None, None]
         next_x = jnp.where(here, mean + std * draw, ode_step(x, v, config.steps))
@@ -170,13 +186,16 @@ def sample_sde(
         return (next_x, chain, log_prob), None
 
     start = (noise, SdeChain(noise, noise, chosen), jnp.zeros_like(noise))
-    (actions, chain, log_prob), _ = jax.lax.scan(advance, start, jnp.arange(config.steps))
+    (actions, chain, log_prob), _ = jax.lax.scan(advance, start, (jnp.arange(config.steps), times))
     return actions, chain, log_prob
 
 
-def sde_log_prob(velocity: VelocityFunction, chain: SdeChain, config: FlowConfig) -> jax.Array:
+def sde_log_prob(
+    velocity: VelocityFunction, chain: SdeChain, config: FlowConfig, at: TimeFunction = _itself
+) -> jax.Array:
     """Elementwise log-probability [B, k, D] of a stored Flow-SDE step; one velocity per example."""
-    v, _ = _one(velocity, chain.state, jnp.asarray(schedule(config.steps))[chain.step])
+    times = jnp.asarray(schedule(config.steps))[chain.step]
+    v, _ = _one(velocity, chain.state, at(times[:, None]))
     mean, std = sde_step(chain.state, v, chain.step, config.steps, config.noise_level)
     return gaussian_log_prob(chain.next_state, mean, std)
 
@@ -187,16 +206,17 @@ def sample_noise(
     noise: jax.Array,
     key: jax.Array,
     config: FlowConfig,
+    at: TimeFunction = _itself,
 ) -> tuple[jax.Array, NoiseChain, jax.Array]:
     """Flow-Noise: actions [B, k, D], chain, and log-probability [B, N + 1, k, D] of the initial
     noise and of each step. `std` maps features [..., k, W] to deviations that broadcast to
     [..., k, D]."""
     draws = jax.random.normal(key, (config.steps, *noise.shape))
-    times = jnp.asarray(schedule(config.steps)[:-1])
+    times = at(jnp.asarray(schedule(config.steps)[:-1]))
 
-    def advance(x, step):
-        t, draw = step
-        v, features = _one(velocity, x, jnp.full(x.shape[0], t))
+    def advance(x, now):
+        time, draw = now
+        v, features = _one(velocity, x, _for_all(time))
         mean, deviation = ode_step(x, v, config.steps), std(features)
         next_x = mean + deviation * draw
         return next_x, (next_x, gaussian_log_prob(next_x, mean, deviation))
@@ -213,17 +233,22 @@ def noise_log_prob(
     std: Callable[[jax.Array], jax.Array],
     chain: NoiseChain,
     config: FlowConfig,
+    at: TimeFunction = _itself,
 ) -> jax.Array:
     """Log-probability [B, N + 1, k, D] of a stored Flow-Noise chain, all N velocities at once."""
     before, after = chain.states[:, :-1], chain.states[:, 1:]
-    times = jnp.broadcast_to(jnp.asarray(schedule(config.steps)[:-1]), before.shape[:2])
-    v, features = velocity(before, times)
+    v, features = velocity(before, at(jnp.asarray(schedule(config.steps)[:-1])[None]))
     mean = ode_step(before, v, config.steps)
     initial = gaussian_log_prob(chain.states[:, :1], jnp.zeros(()), jnp.ones(()))
     return jnp.concatenate([initial, gaussian_log_prob(after, mean, std(features))], axis=1)
 
 
-def _one(velocity: VelocityFunction, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The velocity of one state per example: x [B, k, D], t [B]."""
-    v, features = velocity(x[:, None], t[:, None])
+def _for_all(time: Any) -> Any:
+    """One time for one state of every example: leading axes [1, 1]."""
+    return jax.tree.map(lambda y: y[None, None], time)
+
+
+def _one(velocity: VelocityFunction, x: jax.Array, time: Any) -> tuple[jax.Array, jax.Array]:
+    """The velocity of one state x [B, k, D] per example, [B, k, D], and its features."""
+    v, features = velocity(x[:, None], time)
     return v[:, 0], features[:, 0]

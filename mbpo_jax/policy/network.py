@@ -117,14 +117,23 @@ def time_condition(actor: dict, times: jax.Array, width: int) -> jax.Array:
     return jax.nn.silu(linear(actor["time_mlp_out"], hidden))
 
 
+def at_times(actor: dict, config: Pi0Config, times: jax.Array):
+    """All that depends on the flow time alone, which a sampler computes once for all its steps:
+    times [*T] -> a tree of arrays [*T, ...] for `velocity`."""
+    if config.pi05:
+        condition = time_condition(actor, times, config.expert.width)
+        return gemma.modulations(actor["PaliGemma"]["llm"], condition)
+    return time_embedding(times, config.expert.width)
+
+
 def velocity(
-    actor: dict, config: Pi0Config, prefix: Prefix, x: jax.Array, times: jax.Array
+    actor: dict, config: Pi0Config, prefix: Prefix, x: jax.Array, time
 ) -> tuple[jax.Array, jax.Array]:
     """Velocity of M noisy chunks per prefix.
 
     Args:
         x: float32 [B, M, k, action_dim].
-        times: float32 [B, M].
+        time: `at_times` of flow times [B, M], or [1, M], the same for all.
 
     Returns:
         Velocity float32 [B, M, k, action_dim] and the expert's last hidden states, float32
@@ -134,11 +143,8 @@ def velocity(
     steps = x.shape[2]
     tokens = linear(actor["action_in_proj"], x)
     attend = jnp.ones((steps, steps), bool)
-    if config.pi05:
-        condition = time_condition(actor, times, width)
-    else:
-        condition = None
-        time = jnp.broadcast_to(time_embedding(times, width)[..., None, :], tokens.shape)
+    if not config.pi05:
+        time = jnp.broadcast_to(time[..., None, :], tokens.shape)
         hidden = linear(actor["action_time_mlp_in"], jnp.concatenate([tokens, time], axis=-1))
         tokens = linear(actor["action_time_mlp_out"], jax.nn.silu(hidden))
         state = linear(actor["state_proj"], prefix.state)[:, None, None]
@@ -150,7 +156,7 @@ def velocity(
         actor["PaliGemma"]["llm"],
         tokens.astype(dtype),
         prefix.cache,
-        condition,
+        time if config.pi05 else None,
         attend,
         config.layer_loop,
     )

@@ -1,5 +1,6 @@
 """Compares the policy with golden arrays made by openpi and by πRL's public code."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -104,8 +105,9 @@ def _network_rows(folder: Path) -> list[Row]:
     hidden, cache = gemma.encode_prefix(actor["PaliGemma"]["llm"], tokens, mask)
     prefix = network.encode(actor, config, images, image_mask, prompt, state)
     noisy, target = flow.interpolate(golden["actions"], golden["noise"], golden["time"])
+    at = functools.partial(network.at_times, actor, config)
     velocity, features = network.velocity(
-        actor, config, prefix, noisy[:, None], jnp.asarray(golden["time"])[:, None]
+        actor, config, prefix, noisy[:, None], at(jnp.asarray(golden["time"])[:, None])
     )
     values = {
         "prefix_tokens": tokens,
@@ -129,9 +131,10 @@ def _network_rows(folder: Path) -> list[Row]:
     for name in golden.files:
         if name.startswith("sample_actions_"):
             values[name] = flow.sample_ode(
-                lambda x, times: network.velocity(actor, config, prefix, x, times),
+                functools.partial(network.velocity, actor, config, prefix),
                 golden["sample_noise"],
                 int(name.rsplit("_", 1)[1]),
+                at,
             )
     rows = [
         row(f"{folder.name}/{name}", value, golden[name], NETWORK_TOLERANCE)
@@ -150,7 +153,8 @@ def _gradient_rows(folder, actor, config, images, image_mask, prompt, state) -> 
         prefix = network.encode(actor, config, images, image_mask, prompt, state)
         x, target = flow.interpolate(golden["actions"], golden["noise"], golden["time"])
         times = jnp.asarray(golden["time"])[:, None]
-        velocity, _ = network.velocity(actor, config, prefix, x[:, None], times)
+        time = network.at_times(actor, config, times)
+        velocity, _ = network.velocity(actor, config, prefix, x[:, None], time)
         return jnp.square(velocity[:, 0] - target).mean()
 
     gradients = jax.grad(loss)(actor)

@@ -83,22 +83,22 @@ class FlowPolicy:
         actor, config = params["actor"], self.config.flow
         start_key, key = jax.random.split(key)
         noise = self._noise(start_key, prefix)
-        velocity_at = self._velocity(actor, prefix)
+        velocity_at, at = self._velocity(actor, prefix), self._at_times(actor)
         if config.method == "sde":
-            x, chain, log_prob = flow.sample_sde(velocity_at, noise, key, config)
+            x, chain, log_prob = flow.sample_sde(velocity_at, noise, key, config, at)
         else:
             x, chain, log_prob = flow.sample_noise(
-                velocity_at, self._std(actor), noise, key, config
+                velocity_at, self._std(actor), noise, key, config, at
             )
         return ActionSample(self._to_robot(x), chain, self._sum(log_prob))
 
     def log_prob(self, params: Params, prefix: Prefix, chain) -> jax.Array:
         """Log-probability [B] of a stored chain, over the robot's action dimensions."""
         actor, config = params["actor"], self.config.flow
-        velocity_at = self._velocity(actor, prefix)
+        velocity_at, at = self._velocity(actor, prefix), self._at_times(actor)
         if config.method == "sde":
-            return self._sum(flow.sde_log_prob(velocity_at, chain, config))
-        return self._sum(flow.noise_log_prob(velocity_at, self._std(actor), chain, config))
+            return self._sum(flow.sde_log_prob(velocity_at, chain, config, at))
+        return self._sum(flow.noise_log_prob(velocity_at, self._std(actor), chain, config, at))
 
     def values(self, params: Params, prefix: Prefix) -> jax.Array:
         """Values of every ensemble member, [E, B]; no gradient reaches the actor."""
@@ -144,7 +144,7 @@ class FlowPolicy:
         times = flow.sample_times(time_key, (clean.shape[0], times_per_example))
         noise = jax.random.normal(noise_key, (*times.shape, *clean.shape[2:]))
         x, target = flow.interpolate(clean, noise, times)
-        predicted, _ = self._velocity(actor, prefix)(x, times)
+        predicted, _ = self._velocity(actor, prefix)(x, self._at_times(actor)(times))
         error = jnp.square(predicted - target)
         real = error[..., : self.env_action_dim].mean()
         return error.mean(), {"loss": error.mean(), "velocity_error": real}
@@ -159,7 +159,8 @@ class FlowPolicy:
             hidden = jnp.zeros(prefix.cache.mask.shape[0], bool)
             free = self._encode(actor, observation, with_features=False, shown=hidden)
             velocity = flow.guided(velocity, self._velocity(actor, free), self.config.guidance)
-        x = flow.sample_ode(velocity, self._noise(key, prefix), self.config.eval_steps)
+        noise = self._noise(key, prefix)
+        x = flow.sample_ode(velocity, noise, self.config.eval_steps, self._at_times(actor))
         return self._to_robot(x)
 
     def trainable(self, params: Params) -> Params:
@@ -215,7 +216,11 @@ class FlowPolicy:
 
     def _velocity(self, actor: Params, prefix: Prefix) -> flow.VelocityFunction:
         weights = self._network(actor)
-        return lambda x, times: network.velocity(weights, self.config, prefix, x, times)
+        return lambda x, time: network.velocity(weights, self.config, prefix, x, time)
+
+    def _at_times(self, actor: Params) -> flow.TimeFunction:
+        weights = self._network(actor)
+        return lambda times: network.at_times(weights, self.config, times)
 
     def _std(self, actor: Params):
         config = self.config.flow

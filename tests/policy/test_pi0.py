@@ -15,7 +15,8 @@ from .conftest import ACTION_DIM, FLOWS, TINY, make_observation, make_policy, ra
 def velocity_of(policy, params, observation, camera_mask=None):
     prefix = policy.encode(params, observation, camera_mask)
     x = jnp.linspace(-1, 1, 3 * 4 * 5).reshape(3, 1, 4, 5)
-    return network.velocity(params["actor"], policy.config, prefix, x, jnp.full((3, 1), 0.4))[0]
+    time = network.at_times(params["actor"], policy.config, jnp.full((3, 1), 0.4))
+    return network.velocity(params["actor"], policy.config, prefix, x, time)[0]
 
 
 def change(array, where):
@@ -88,11 +89,11 @@ def test_flow_times_of_one_prefix_do_not_see_each_other(observation):
         prefix = policy.encode(params, observation)
         x = jax.random.normal(jax.random.key(1), (3, 3, 4, 5))
         times = jnp.linspace(0.1, 0.9, 9).reshape(3, 3)
-        together, _ = network.velocity(params["actor"], policy.config, prefix, x, times)
+        time = network.at_times(params["actor"], policy.config, times)
+        together, _ = network.velocity(params["actor"], policy.config, prefix, x, time)
         for m in range(3):
-            alone, _ = network.velocity(
-                params["actor"], policy.config, prefix, x[:, m : m + 1], times[:, m : m + 1]
-            )
+            one, here = jax.tree.map(lambda y, m=m: y[:, m : m + 1], (x, time))
+            alone, _ = network.velocity(params["actor"], policy.config, prefix, one, here)
             np.testing.assert_allclose(together[:, m], alone[:, 0], atol=2e-5)
 
 
