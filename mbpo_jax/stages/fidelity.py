@@ -63,12 +63,11 @@ def study_fidelity(workspace: Workspace, directory: Path) -> dict:
     contenders = {"UMM-World": Contender(world, params, params)}
     for name in config.fidelity.ablations:
         contenders[name.replace("_", " ")] = ABLATIONS[name](study, directory / name)
-    results = {}
+    results, strips = {}, {}
     for name, contender in contenders.items():
         print(f"[fidelity] measuring {name}", flush=True)
-        results[name] = study.measure(contender)
+        results[name], strips[name] = study.measure(contender)
     summary = {"models": results, "real": study.real_numbers()}
-    strips = {name: study.film_strips(c) for name, c in contenders.items()}
     page = directory / "report.html"
     fidelity_report.write(page, config, summary, study.real_strips(), strips)
     print(f"\n{fidelity_report.table(summary)}\nreport: {page}")
@@ -108,8 +107,8 @@ class Study:
         )
         self.probes = self._fit_probes()
 
-    def measure(self, contender: Contender) -> dict:
-        """All numbers of one contender."""
+    def measure(self, contender: Contender) -> tuple[dict, dict[str, np.ndarray]]:
+        """All numbers of one contender, and its film strips (see `real_strips`)."""
         world, params = contender.world, contender.params
         imagined = metrics.imagine_chunk(world, params, self.transitions, self.key)
         scores = metrics.fidelity(self.transitions, imagined)
@@ -118,8 +117,8 @@ class Study:
             row["lpips"] = lpips(imagined[camera], truth[camera])
             row["motion"] = metrics.motion_by_decile(now[camera], imagined[camera], truth[camera])
         probability, label = answers(world, contender.answer_params, self.held_out, self.builder)
-        frames = self._open_loop(contender)
-        return {
+        frames = metrics.imagine_open_loop(world, params, self.starts, self.run_actions, self.key)
+        numbers = {
             "views": scores,
             "disagreement_cm": self.disagreement(imagined),
             "reward": metrics.classification(probability, label)
@@ -130,6 +129,7 @@ class Study:
             ),
             "seconds_per_chunk": self._seconds(contender),
         }
+        return numbers, self._strips(frames)
 
     def real_numbers(self) -> dict:
         """The same of the real frames: what a perfect model would score."""
@@ -144,11 +144,8 @@ class Study:
         distances = [np.linalg.norm(first - other, axis=-1).mean() for other in others]
         return float(100 * np.mean(distances)) if distances else 0.0
 
-    def film_strips(self, contender: Contender) -> dict[str, np.ndarray]:
-        """Camera -> uint8 [strips, n + 1, H, W, 3], imagined open loop."""
-        return self._strips(self._open_loop(contender))
-
     def real_strips(self) -> dict[str, np.ndarray]:
+        """Camera -> uint8 [strips, n + 1, H, W, 3], a start and what followed."""
         return self._strips(self.run_images)
 
     def _strips(self, frames):
@@ -157,11 +154,6 @@ class Study:
             camera: np.swapaxes(np.concatenate([start[None], frames[camera]])[:, rows], 0, 1)
             for camera, start in self.starts.images.items()
         }
-
-    def _open_loop(self, contender):
-        return metrics.imagine_open_loop(
-            contender.world, contender.params, self.starts, self.run_actions, self.key
-        )
 
     def _latents(self, images):
         encode = jax.jit(self.world.encode_images)
