@@ -37,7 +37,7 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
         )
         stages = flags.DEFINE_list(
             "stages",
-            default_stages,
+            list(default_stages),
             "comma-separated stages to run: demonstrations, sft, rollouts, world_model, fidelity, "
             "improve, evaluate, report; without a list all but fidelity",
         )

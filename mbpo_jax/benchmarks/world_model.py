@@ -121,7 +121,7 @@ def run(size: str, batch_sizes: list[int], repeats: int) -> list[dict]:
     dtype = jnp.dtype(config.mot.dtype)
     peak = matmul_peak(dtype, 1024 if jax.default_backend() == "cpu" else 8192)
     world, reference = _world(config), _world(config, ReferenceOrder)
-    params = jax.jit(world.init)(jax.random.key(0))
+    params = awake(jax.jit(world.init)(jax.random.key(0)))
     rows = []
     for batch in batch_sizes:
         observation, actions = _inputs(world, batch)
@@ -138,6 +138,15 @@ def run(size: str, batch_sizes: list[int], repeats: int) -> list[dict]:
             row = {"size": size, "work": work, "batch": batch}
             rows.append(row | measured(seconds, flops, peak))
     return rows + _options(size, config, params, batch_sizes[-1], repeats)
+
+
+def awake(params: Params) -> Params:
+    """Fresh parameters with a random head in place of the zero one, so that predictions vary."""
+    adapters = params["adapters"]
+    kernel = adapters["llm2vae"]["kernel"]
+    kernel = 0.1 * jax.random.normal(jax.random.key(1), kernel.shape)
+    head = {**adapters["llm2vae"], "kernel": kernel}
+    return {**params, "adapters": {**adapters, "llm2vae": head}}
 
 
 def _options(size: str, config: UMMConfig, params: Params, batch: int, repeats: int) -> list[dict]:
