@@ -379,8 +379,10 @@ def _run_rows(golden, contexts, velocities, run, settings, z):
 
     times = generation.sampling_times(config.num_timesteps, config.sample_timestep_shift)
     guide = config.guidance
+    # Recorded by the interval alone, even where a text scale of 1 switches guidance off.
+    by_interval = dataclasses.replace(guide, text_scale=np.inf)
     scales = [
-        (guide.text_scale, guide.image_scale) if is_active(guide, t) else (1.0, 1.0)
+        (guide.text_scale, guide.image_scale) if is_active(by_interval, t) else (1.0, 1.0)
         for t in times[:-1]
     ]
     flow = FLOW_TOLERANCE
