@@ -167,6 +167,9 @@ def linear_probe(
 
     Args:
         ridge: penalty per example.
+
+    Returns:
+        w [D, T] and b [T].
     """
     mean, std = features.mean(0), features.std(0) + 1e-6
     x, centre = (features - mean) / std, targets.mean(0)
