@@ -107,6 +107,10 @@ class Source(Sequence):
         """The records at which `chosen` bool [N] is True."""
         return Source(self._record, self.index[chosen], self.skipped)
 
+    def map(self, function: Callable[..., Any]) -> "Source":
+        """The records as `function(record, *row)`, `row` being the record's row of the index."""
+        return Source(lambda *row: function(self._record(*row), *row), self.index, self.skipped)
+
 
 def demonstrations(episodes: Sequence[Episode], builder: ObservationBuilder) -> Source:
     """`Demonstration`s: every frame from which at least one action was executed."""

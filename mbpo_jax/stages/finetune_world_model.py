@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import (
@@ -34,6 +35,7 @@ Images = Mapping[str, np.ndarray]  # per camera
 STATISTICS_FRAMES = 512
 FIDELITY_TRANSITIONS = 512
 FILM_STRIPS = 3
+ENCODED_FRAMES = 64  # at a time
 
 
 def world_model_episodes(workspace: Workspace) -> tuple[list[Episode], list[Episode]]:
@@ -135,6 +137,7 @@ def train_dynamics(
     """Parameters after joint training on the transitions of `sources` and the reward labels of
     `episodes`; one whose weight in the config is 0 is left out."""
     section = config.world_model
+    sources = _with_moments(world, params, sources, episodes)
     no, yes = by_label(reward_examples(episodes, observation_builder(config)))
     yes_share = section.reward_yes_fraction
 
@@ -150,11 +153,11 @@ def train_dynamics(
         return zip(dynamics, reward)
 
     def loss_fn(trained, frozen, batch, key):
-        transition, example = batch
+        (transition, moments), example = batch
         everything = {**trained, **frozen}
         loss, metrics = 0.0, {}
         if section.dynamics_weight:
-            dynamics, metrics = world.dynamics_loss(everything, transition, key)
+            dynamics, metrics = world.dynamics_loss(everything, transition, key, moments)
             loss += section.dynamics_weight * dynamics
         if section.reward_weight:
             reward, reward_metrics = world.reward_loss(everything, example)
@@ -175,6 +178,32 @@ def train_dynamics(
         **section.training.to_dict(),
     )
     return {**jax.device_get(frozen), **jax.device_get(trained)}
+
+
+def _with_moments(
+    world: UMMWorld, params: Params, sources: Source, episodes: list[Episode]
+) -> Source:
+    """Records (transition, its latents' moments now and later), each frame encoded once: the
+    autoencoder is frozen, and training comes back to every frame many times."""
+    encode, vae = jax.jit(world.image_moments), jax.device_put({"vae": params["vae"]})
+    first = np.cumsum([0, *(len(e.timesteps) for e in episodes)])
+    # One shape, hence one compilation: the last batch is filled up with earlier frames.
+    parts = np.resize(np.arange(first[-1]), (-(-first[-1] // ENCODED_FRAMES), ENCODED_FRAMES))
+    moments = {}
+    for camera in world.cameras:
+        frames = np.concatenate([e.images[camera] for e in episodes])
+        encoded = [
+            np.asarray(encode(vae, frames[rows]))
+            for rows in tqdm(parts, desc=f"encoding {camera} frames")
+        ]
+        moments[camera] = np.concatenate(encoded)
+
+    def record(transition, e, now, later):
+        return transition, tuple(
+            {camera: x[first[e] + frame] for camera, x in moments.items()} for frame in (now, later)
+        )
+
+    return sources.map(record)
 
 
 def measure_fidelity(

@@ -23,6 +23,8 @@ from mbpo_jax.world_model.bagel import Tokenizer
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.guidance import Contexts
 
+Moments = Mapping[str, Array]  # per camera, what `UMMWorld.image_moments` gives
+
 
 @struct.dataclass
 class Frame:
@@ -149,11 +151,19 @@ class UMMWorld:
     # Losses
 
     def dynamics_loss(
-        self, params: Params, transition: Transition, key: Array
+        self,
+        params: Params,
+        transition: Transition,
+        key: Array,
+        moments: tuple[Moments, Moments] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Flow-matching loss of every view's stage, conditioned on true frames, averaged.
 
         The error is that of the velocity, or of the residual itself in residual mode.
+
+        Args:
+            moments: `image_moments` of the current and of the next images, where they were
+                computed before: the autoencoder is frozen.
 
         Returns:
             The loss and {"dynamics/<camera>": its part}.
@@ -163,11 +173,12 @@ class UMMWorld:
         """
         self._check(transition.observation, transition.actions)
         self._check(transition.observation.replace(images=transition.next_images))
-        _, (transition,) = _flatten(transition)
+        _, (transition, moments) = _flatten(transition, moments)
         observation = transition.observation
+        now, later = moments or (None, None)
         keys = jax.random.split(key, 2 + len(self.cameras))
-        frames = self._encode(params, observation.images, self.cameras, keys[0])
-        following = self._encode(params, transition.next_images, self.cameras[:-1], keys[1])
+        frames = self._encode(params, observation.images, self.cameras, keys[0], now)
+        following = self._encode(params, transition.next_images, self.cameras[:-1], keys[1], later)
         prompt, action = self._prompt(params, observation), self._action(params, transition.actions)
 
         metrics, done = {}, {}
@@ -240,11 +251,18 @@ class UMMWorld:
         loss = l1 + l2 + self.config.kl_weight * kl
         return loss, {"vae/l1": l1, "vae/psnr": psnr, "vae/kl": kl}
 
+    def image_moments(
+        self, params: Params, images: UInt8[Array, "B H W 3"]
+    ) -> Float[Array, "B h w 2*z"]:
+        """Mean and log-variance of the autoencoder's posterior, one after the other."""
+        pixels = _resize(self._pixels(images), self.config.vae_image_size)
+        return jnp.concatenate(vae.moments(params["vae"], self.config.vae, pixels), axis=-1)
+
     def encode_images(
         self, params: Params, images: UInt8[Array, "B H W 3"]
     ) -> Float[Array, "B h w z"]:
         """Posterior means in the units the model works in (see `set_latent_statistics`)."""
-        return self._latents(params, self._pixels(images), None)
+        return self._latents(params, self.image_moments(params, images), None)
 
     def decode_latents(
         self, params: Params, latents: Float[Array, "B h w z"]
@@ -335,11 +353,16 @@ class UMMWorld:
 
     # Frames
 
-    def _encode(self, params, images, with_features, key):
+    def _encode(self, params, images, with_features, key, moments=None):
         """Frames of all views, encoded in one batch; ViT features for the cameras named."""
         pixels = {c: self._pixels(images[c]) for c in self.cameras}
         batch = len(pixels[self.cameras[0]])
-        latents = self._latents(params, jnp.concatenate([*pixels.values()]), key)
+
+        def stacked(views):
+            return jnp.concatenate([views[c] for c in self.cameras])
+
+        pooled = stacked(moments) if moments else self.image_moments(params, stacked(images))
+        latents = self._latents(params, pooled, key)
         tokens = bagel.tokens_from_latents(jax.lax.stop_gradient(latents), self.config.latent_patch)
         features = []
         if with_features:
@@ -371,12 +394,10 @@ class UMMWorld:
     def _pixels(self, images):
         return images.astype(jnp.float32) / 127.5 - 1.0
 
-    def _latents(self, params, pixels, key):
+    def _latents(self, params, moments, key):
         """Normalised latents; a posterior sample where the model is BAGEL's, else the mean."""
         config, stats = self.config, params["statistics"]
-        mean, log_variance = vae.moments(
-            params["vae"], config.vae, _resize(pixels, config.vae_image_size)
-        )
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
         if config.prediction == "velocity" and key is not None:
             mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
         return (vae.scale_latents(config.vae, mean) - stats["latent_mean"]) / stats["latent_std"]

@@ -283,6 +283,15 @@ def test_three_views_are_decoded_in_order():
     assert after["dynamics/right"] != parts["dynamics/right"]
 
 
+def test_moments_computed_before_give_the_same_loss(world, params):
+    transition = make_transition()
+    images = (transition.observation.images, transition.next_images)
+    moments = tuple({c: world.image_moments(params, x) for c, x in v.items()} for v in images)
+    loss = jax.jit(lambda m: world.dynamics_loss(params, transition, KEY, m)[0])
+    np.testing.assert_allclose(loss(moments), loss(None), rtol=1e-5)
+    assert abs(loss(moments[::-1]) - loss(None)) > 1e-3  # they are used
+
+
 def test_targets_per_example_do_not_see_each_other(params):
     # With two targets per context the loss is the mean of two that are computed alone.
     world, transition = make_world(targets_per_example=2), make_transition()
