@@ -57,11 +57,13 @@ class Demonstration:
 @struct.dataclass
 class Transition:
     """One chunk of real experience: `actions` float32 [*B, k, A] were sent to the robot at
-    `observation`; `next_images` were seen k steps later, or at success if that came first."""
+    `observation`; `next_images` and `next_proprio` were seen k steps later, or at success if that
+    came first."""
 
     observation: Observation
     actions: Array
     next_images: Mapping[str, Array]
+    next_proprio: Array
 
 
 @struct.dataclass

@@ -38,15 +38,14 @@ class ReferenceOrder(UMMWorld):
         keys = jax.random.split(key, actions.shape[0])
         return jax.lax.map(one, (observation, actions, keys))
 
-    def view_tokens(self, params, prefix, cached, conditions, noise, current):
+    def view_tokens(self, params, segments, contexts, noise, current):
         config, side = self.config, self.config.latent_side
-        everything = [*prefix, *conditions]
-        keep = everything[:-1] if everything[-1].attention == "causal" else everything
-        texts = [s for s in everything if s.attention == "causal"]
+        keep = segments[:-1] if segments[-1].attention == "causal" else segments
+        texts = [s for s in segments if s.attention == "causal"]
         empty = qwen2_mot.empty_cache(config.mot, noise.shape[0])
+        # The contexts given are not read, hence not computed in the compiled program.
         branches = [
-            bagel.extend(params, config, segments, empty)[0]
-            for segments in (everything, keep, texts)
+            bagel.extend(params, config, part, empty)[0] for part in (segments, keep, texts)
         ]
         times = generation.sampling_times(config.num_timesteps, config.sample_timestep_shift)
         guided = [guidance.is_active(config.guidance, t) for t in times[:-1]]

@@ -300,7 +300,8 @@ def _chains(
 def _transition_record(episodes: Sequence[Episode], builder: ObservationBuilder, chunk: int):
     def record(e, f, g):
         episode = episodes[e]
-        images = {camera: episode.images[camera][g] for camera in builder.cameras}
-        return Transition(builder.at(episode, f), episode.actions[f][:chunk], images)
+        later = builder.at(episode, g)
+        actions = episode.actions[f][:chunk]
+        return Transition(builder.at(episode, f), actions, later.images, later.proprio)
 
     return record

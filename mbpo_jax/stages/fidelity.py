@@ -110,7 +110,7 @@ class Study:
     def measure(self, contender: Contender) -> tuple[dict, dict[str, np.ndarray]]:
         """All numbers of one contender, and its film strips (see `real_strips`)."""
         world, params = contender.world, contender.params
-        imagined = metrics.imagine_chunk(world, params, self.transitions, self.key)
+        imagined = metrics.imagine_chunk(world, params, self.transitions, self.key).images
         scores = metrics.fidelity(self.transitions, imagined)
         now, truth = self.transitions.observation.images, self.transitions.next_images
         for camera, row in scores.items():
@@ -217,7 +217,8 @@ def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> 
     sources = transitions(study.train, study.builder, world.chunk)
     if world.chunk != study.world.chunk:
         some = _collated(sources, FIDELITY_TRANSITIONS)
-        params = world.set_latent_statistics(params, some.observation.images, some.next_images)
+        params = world.set_proprio_statistics(params, some)
+        params = world.set_latent_statistics(params, some)
     return train_dynamics(config, world, params, sources, study.train, directory)
 
 

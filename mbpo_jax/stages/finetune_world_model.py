@@ -26,13 +26,13 @@ from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import fit
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 from mbpo_jax.types import Params, WorldModel
-from mbpo_jax.world_model import metrics
+from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 Images = Mapping[str, np.ndarray]  # per camera
 
-STATISTICS_FRAMES = 512
+STATISTICS_TRANSITIONS = 512
 FIDELITY_TRANSITIONS = 512
 FILM_STRIPS = 3
 ENCODED_FRAMES = 64  # at a time
@@ -65,10 +65,11 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
             f"only {len(sources)} transitions of {config.chunk} steps in the training episodes; "
             "collect more (--config.rollouts.episodes_per_task)"
         )
+    some = collate([sources[i] for i in spread(len(sources), STATISTICS_TRANSITIONS)])
+    params = world.set_proprio_statistics(params, some)
     if config.world_model.vae_training.steps:
         params = _train_vae(config, world, params, train, directory / "vae")
-        some = collate([sources[i] for i in spread(len(sources), STATISTICS_FRAMES)])
-        params = world.set_latent_statistics(params, some.observation.images, some.next_images)
+        params = world.set_latent_statistics(params, some)
     params = train_dynamics(config, world, params, sources, train, directory / "dynamics")
     save_params(directory / "world_model", params)
     report = measure_fidelity(config, world, params, held_out, directory)
@@ -95,7 +96,13 @@ def _initial_params(config: Config, world: UMMWorld) -> Params:
             f"{config.pretrained.world_model} holds a model of other sizes than "
             f"world_model.model: {sizes} there, {world.config} in the config"
         )
-    return {**params, "statistics": world.neutral_statistics()}
+    # What a released model does not have starts fresh.
+    fresh = bagel.init_adapters(world.config, world.action_dim, jax.random.key(config.seed))
+    return {
+        **params,
+        "adapters": {**fresh, **params["adapters"]},
+        "statistics": world.neutral_statistics(),
+    }
 
 
 def _train_vae(
@@ -222,11 +229,14 @@ def measure_fidelity(
         )
     chosen = collate([source[i] for i in spread(len(source), FIDELITY_TRANSITIONS)])
     key = jax.random.key(config.seed + 3)
+    imagined = metrics.imagine_chunk(world, params, chosen, key)
     report = {
         "held_out_transitions": len(source),
-        "fidelity": metrics.fidelity(chosen, metrics.imagine_chunk(world, params, chosen, key)),
+        "fidelity": metrics.fidelity(chosen, imagined.images),
         "reward": metrics.classification(*answers(world, params, episodes, builder)),
     }
+    if world.config.proprio_dim:
+        report["proprio"] = metrics.proprio_error(chosen, imagined.proprio)
     sequences = transition_sequences(episodes, builder, config.chunk, config.world_model.horizon)
     if not len(sequences):
         return report

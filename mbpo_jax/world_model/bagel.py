@@ -35,9 +35,28 @@ class Tokenizer(Protocol):
 
 
 def init(config: UMMConfig, action_dim: int, key: Array) -> Params:
-    """Fresh weights; the head that reads images is zero, so a first prediction is zero."""
+    """Fresh weights; the heads that read images and proprioception are zero, so a first prediction
+    is zero."""
+    adapter_key, mot_key, vit_key = jax.random.split(key, 3)
+    d = config.mot.hidden_size
+    return {
+        "mot": qwen2_mot.init(config.mot, mot_key),
+        "vit": navit.init(config.vit, vit_key),
+        "adapters": init_adapters(config, action_dim, adapter_key),
+        "position_tables": {
+            "latent": jnp.asarray(position_table(config.max_latent_side, d)),
+            "vit": jnp.asarray(position_table(config.vit.max_patches_per_side, d)),
+        },
+    }
+
+
+def init_adapters(config: UMMConfig, action_dim: int, key: Array) -> Params:
+    """Fresh weights of everything between the decoder and what it reads and predicts."""
     d, token = config.mot.hidden_size, config.token_size
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
+
+    def zero_head(values):
+        return {"kernel": jnp.zeros((d, values)), "bias": jnp.zeros(values)}
 
     adapters = {
         "connector": {
@@ -49,21 +68,16 @@ def init(config: UMMConfig, action_dim: int, key: Array) -> Params:
             "fc2": dense(next(keys), d, d),
         },
         "vae2llm": dense(next(keys), token, d),
-        "llm2vae": {"kernel": jnp.zeros((d, token)), "bias": jnp.zeros(token)},
+        "llm2vae": zero_head(token),
     }
     if config.actions_as == "embedding":
         adapters["action2llm"] = dense(next(keys), action_dim, d)
     if config.prediction == "residual":
         adapters["current2llm"] = dense(next(keys), token, d)
-    return {
-        "mot": qwen2_mot.init(config.mot, next(keys)),
-        "vit": navit.init(config.vit, next(keys)),
-        "adapters": adapters,
-        "position_tables": {
-            "latent": jnp.asarray(position_table(config.max_latent_side, d)),
-            "vit": jnp.asarray(position_table(config.vit.max_patches_per_side, d)),
-        },
-    }
+    if config.proprio_dim:
+        adapters["proprio2llm"] = dense(next(keys), config.proprio_dim, d)
+        adapters["llm2proprio"] = zero_head(config.proprio_dim)
+    return adapters
 
 
 def position_table(side: int, width: int) -> Float[np.ndarray, "cells width"]:
@@ -140,6 +154,12 @@ def action_segment(
     return Segment(und, _no_gen(und), None, "causal")
 
 
+def proprio_segment(params: Params, config: UMMConfig, proprio: Float[Array, "B P"]) -> Segment:
+    """Standardised proprioception as one token, whose hidden state `read_proprio` reads."""
+    und = linear(params["adapters"]["proprio2llm"], proprio)[:, None].astype(config.mot.dtype)
+    return Segment(und, _no_gen(und), None, "causal")
+
+
 def vit_segment(
     params: Params,
     config: UMMConfig,
@@ -209,6 +229,11 @@ def latent_segment(
 def read_latents(params: Params, hidden: Float[Array, "B n D"]) -> Float[Array, "B n v"]:
     """The prediction for latent tokens, float32, from generation tokens after the final norm."""
     return linear(params["adapters"]["llm2vae"], hidden.astype(jnp.float32))
+
+
+def read_proprio(params: Params, hidden: Float[Array, "B D"]) -> Float[Array, "B P"]:
+    """The predicted change of proprioception, float32, in the units of its statistics."""
+    return linear(params["adapters"]["llm2proprio"], hidden.astype(jnp.float32))
 
 
 def extend(

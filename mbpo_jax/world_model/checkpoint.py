@@ -35,7 +35,7 @@ _ADAPTERS = {
     "time_embedder.fc2": "time_embedder.mlp.2",
 }
 # Part of a world model, not of a released checkpoint.
-_OWN_ADAPTERS = ("action2llm", "current2llm")
+_OWN_ADAPTERS = ("action2llm", "current2llm", "proprio2llm", "llm2proprio")
 
 
 def load_bagel(
@@ -60,7 +60,7 @@ def load_bagel(
     shapes = {name: tuple(f.get_slice(name).get_shape()) for name, f in with_weights.items()}
     config = read_config(directory, config, shapes)
 
-    released = dataclasses.replace(config, actions_as="text", prediction="velocity")
+    released = dataclasses.replace(config, actions_as="text", prediction="velocity", proprio_dim=0)
     tree = jax.eval_shape(lambda: _fresh(released, 0))
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = {_path(path): _sources(_path(path), leaf.shape) for path, leaf in leaves}

@@ -45,6 +45,9 @@ class UMMConfig:
     # every view on its own from all current views and the actions.
     interleaved: bool = True
     actions_as: str = "text"  # "text" (`Step i: [...]`) or "embedding" (one token per step)
+    # 0: proprioception is held fixed in imagination. Otherwise its values at t+k, this many, are
+    # predicted from the current ones, all current views and the actions.
+    proprio_dim: int = 0
     targets_per_example: int = 1  # noised targets (independent times) behind one training context
     train_timestep_shift: float = 4.0
     sample_timestep_shift: float = 4.0

@@ -86,20 +86,20 @@ def calibration(
 
 def imagine_chunk(
     world: WorldModel, params: Params, transitions: Transition, key: Array, batch_size: int = 64
-) -> dict[str, np.ndarray]:
-    """The views one imagined chunk after each transition's start: camera -> uint8 [N, H, W, 3]."""
+) -> Observation:
+    """The observation [N] one imagined chunk after each transition's start, as NumPy arrays."""
     step = jax.jit(world.step)
     count = len(transitions.actions)
     # One shape, hence one compilation: the last batch is filled up with earlier transitions.
     batch_size = min(batch_size, count)
-    frames = []
+    parts = []
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size) % count
         batch = jax.tree.map(lambda x, rows=rows: x[rows], transitions)
-        seen = step(params, batch.observation, batch.actions, jax.random.fold_in(key, start)).images
+        seen = step(params, batch.observation, batch.actions, jax.random.fold_in(key, start))
         keep = min(batch_size, count - start)
-        frames.append({camera: np.asarray(x)[:keep] for camera, x in seen.items()})
-    return {camera: np.concatenate([f[camera] for f in frames]) for camera in frames[0]}
+        parts.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], seen))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def fidelity(
@@ -109,7 +109,7 @@ def fidelity(
 
     Args:
         transitions: with one leading axis [N].
-        imagined: what `imagine_chunk` gave for them.
+        imagined: the images that `imagine_chunk` gave for them.
 
     Returns:
         camera -> {"psnr", "ssim", "copy_psnr", "copy_ssim"}.
@@ -133,6 +133,16 @@ def _compare(imagined, current, truth):
         "ssim": ssim(imagined, truth),
         "copy_psnr": psnr(current, truth),
         "copy_ssim": ssim(current, truth),
+    }
+
+
+def proprio_error(transitions: Transition, imagined: Array) -> dict[str, list[float]]:
+    """Mean absolute error per value of proprioception imagined [N, P], and of holding it fixed:
+    {"error": [P], "copy_error": [P]}."""
+    now, later = transitions.observation.proprio, transitions.next_proprio
+    return {
+        "error": np.abs(imagined - later).mean(0).tolist(),
+        "copy_error": np.abs(now - later).mean(0).tolist(),
     }
 
 

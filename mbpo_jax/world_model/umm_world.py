@@ -83,20 +83,28 @@ class UMMWorld:
         return params
 
     def neutral_statistics(self) -> Params:
-        """Latent statistics that change nothing, as released models have them."""
-        z = self.config.vae.z_channels
-        return {
+        """Statistics that change nothing, as released models have them."""
+        z, p = self.config.vae.z_channels, self.config.proprio_dim
+        statistics = {
             "latent_mean": jnp.zeros(z),
             "latent_std": jnp.ones(z),
             "residual_scale": {camera: jnp.ones(()) for camera in self.cameras},
         }
+        if p:
+            statistics["proprio"] = {
+                "mean": jnp.zeros(p),
+                "std": jnp.ones(p),
+                "change": jnp.ones(p),
+            }
+        return statistics
 
     # Imagination
 
     def step(
         self, params: Params, observation: Observation, actions: Array, key: Array
     ) -> Observation:
-        """The observation k environment steps later: every view, proprioception held fixed.
+        """The observation k environment steps later: every view, and proprioception if
+        `config.proprio_dim` says so (otherwise it stays as it is).
 
         Args:
             actions: float32 [*B, k, A] in [-1, 1] (clipped where they are written as text).
@@ -111,30 +119,35 @@ class UMMWorld:
         cached = generation.build_contexts(params, self.config, prefix)
         action = self._action(params, actions)
 
+        proprio = observation.proprio
         done: dict[str, Frame] = {}
         for i, camera in enumerate(self.cameras):
             conditions = self._conditions(params, camera, frames, done, action)
+            contexts = generation.build_contexts(params, self.config, conditions, cached)
+            if i == 0 and self.config.proprio_dim:
+                query = [self._proprio_query(params, proprio)]
+                hidden, _ = bagel.forward(params, self.config, query, contexts.full)
+                change = bagel.read_proprio(params, hidden[:, -1])
+                proprio = proprio + params["statistics"]["proprio"]["change"] * change
             target = frames[camera].tokens
             noise = jax.random.normal(jax.random.fold_in(key, i), target.shape)
             current = target if self.config.prediction == "residual" else None
-            tokens = self.view_tokens(params, prefix, cached, conditions, noise, current)
+            tokens = self.view_tokens(params, [*prefix, *conditions], contexts, noise, current)
             done[camera] = self._finish(params, camera, frames[camera], tokens)
-        images = {c: _restore(to_uint8(done[c].pixels), batch) for c in self.cameras}
-        observation = jax.tree.map(lambda x: _restore(x, batch), observation)
-        return observation.replace(images=images)
+        images = {c: to_uint8(done[c].pixels) for c in self.cameras}
+        observation = observation.replace(images=images, proprio=proprio)
+        return jax.tree.map(lambda x: _restore(x, batch), observation)
 
     def view_tokens(
         self,
         params: Params,
-        prefix: Sequence[Segment],
-        cached: Contexts,
-        conditions: Sequence[Segment],
+        segments: Sequence[Segment],
+        contexts: Contexts,
         noise: Float[Array, "B n v"],
         current: Float[Array, "B n v"] | None,
     ) -> Float[Array, "B n v"]:
-        """Sampled tokens of one view. `cached` are the contexts of `prefix`, which the views of
-        one step share; only `conditions` are read anew."""
-        contexts = generation.build_contexts(params, self.config, conditions, cached)
+        """Sampled tokens of one view behind `contexts`, which hold `segments`."""
+        del segments  # for subclasses that build contexts in another order
         side = self.config.latent_side
         return generation.generate(
             params, self.config, self.tokenizer, contexts, noise, side, side, current
@@ -157,7 +170,8 @@ class UMMWorld:
         key: Array,
         moments: tuple[Moments, Moments] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Flow-matching loss of every view's stage, conditioned on true frames, averaged.
+        """Flow-matching loss of every view's stage, conditioned on true frames, averaged, and the
+        squared error of predicted proprioception where the config asks for it.
 
         The error is that of the velocity, or of the residual itself in residual mode.
 
@@ -166,7 +180,7 @@ class UMMWorld:
                 computed before: the autoencoder is frozen.
 
         Returns:
-            The loss and {"dynamics/<camera>": its part}.
+            The loss and {"dynamics/<camera>", "dynamics/proprio": its parts}.
 
         Raises:
             ValueError: a view is missing, or an image or the chunk has another shape.
@@ -185,14 +199,24 @@ class UMMWorld:
         for camera, camera_key in zip(self.cameras, keys[2:]):
             conditions = self._conditions(params, camera, frames, done, action)
             current, target = frames[camera], following[camera]
-            loss = self._stage_loss(
-                params, camera, [prompt, *conditions], current, target, camera_key
+            query = []
+            if camera == self.cameras[0] and self.config.proprio_dim:
+                query = [self._proprio_query(params, observation.proprio)]
+            loss, hidden = self._stage_loss(
+                params, camera, [prompt, *conditions], current, target, query, camera_key
             )
             metrics[f"dynamics/{camera}"] = loss
+            if query:
+                goal = transition.next_proprio - observation.proprio
+                goal = goal / params["statistics"]["proprio"]["change"]
+                error = bagel.read_proprio(params, hidden[:, -1]) - goal
+                metrics["dynamics/proprio"] = jnp.mean(jnp.square(error))
             done[camera] = target
-        return sum(metrics.values()) / len(self.cameras), metrics
+        return sum(metrics.values()) / len(metrics), metrics
 
-    def _stage_loss(self, params, camera, context, current, target, key):
+    def _stage_loss(self, params, camera, context, current, target, query, key):
+        """Loss of one view, and the understanding tokens' hidden states: the last are those of
+        `query`, which sees the context and no target."""
         config, count = self.config, self.config.targets_per_example
         clean, residual = target.tokens, None
         if config.prediction == "residual":
@@ -207,12 +231,11 @@ class UMMWorld:
         t = times[..., None, None]
         noised = (1 - t) * clean + t * noise
         segments = [self._latent_segment(params, x, t, residual) for x, t in zip(noised, times)]
-        _, hidden = bagel.forward(params, config, [*context, *segments])
-        hidden = hidden[:, -count * clean.shape[1] :]
-        output = bagel.read_latents(params, hidden)
+        und, hidden = bagel.forward(params, config, [*context, *segments, *query])
+        output = bagel.read_latents(params, hidden[:, -count * clean.shape[1] :])
         output = jnp.moveaxis(output.reshape(clean.shape[0], count, *clean.shape[1:]), 1, 0)
         goal = clean if config.prediction == "residual" else noise - clean
-        return jnp.mean(jnp.square(output - goal))
+        return jnp.mean(jnp.square(output - goal)), und
 
     def reward_loss(self, params: Params, example: RewardExample) -> tuple[Array, dict[str, Array]]:
         """Cross-entropy of the answer token "Yes" or "No", over the whole vocabulary.
@@ -273,34 +296,39 @@ class UMMWorld:
         images = vae.decode(params["vae"], self.config.vae, latents)
         return _resize(images, self.image_size)
 
-    def set_latent_statistics(
-        self,
-        params: Params,
-        images: Mapping[str, UInt8[Array, "N H W 3"]],
-        next_images: Mapping[str, UInt8[Array, "N H W 3"]],
-    ) -> Params:
+    def set_latent_statistics(self, params: Params, transitions: Transition) -> Params:
         """Parameters with the latents' mean and standard deviation per channel and each view's
-        root mean square of residuals, measured on frames and those k steps later.
+        root mean square of changes, measured on transitions [N].
 
         Needed once after training a VAE from scratch; released models keep 0, 1 and 1.
         """
-        neutral = {
-            "latent_mean": jnp.zeros(self.config.vae.z_channels),
-            "latent_std": jnp.ones(self.config.vae.z_channels),
-            "residual_scale": params["statistics"]["residual_scale"],
-        }
+        bare = {**params, "statistics": self.neutral_statistics()}
         encode = jax.jit(self.encode_images)
-        bare = {**params, "statistics": neutral}
-        now = {c: encode(bare, images[c]) for c in self.cameras}
-        later = {c: encode(bare, next_images[c]) for c in self.cameras}
+        now = {c: encode(bare, transitions.observation.images[c]) for c in self.cameras}
+        later = {c: encode(bare, transitions.next_images[c]) for c in self.cameras}
         pooled = jnp.concatenate(list(now.values()))
         mean, std = pooled.mean((0, 1, 2)), pooled.std((0, 1, 2)) + 1e-6
         scale = {
             c: jnp.sqrt(jnp.mean(jnp.square((later[c] - now[c]) / std))) + 1e-6
             for c in self.cameras
         }
-        statistics = {"latent_mean": mean, "latent_std": std, "residual_scale": scale}
-        return {**params, "statistics": statistics}
+        found = {"latent_mean": mean, "latent_std": std, "residual_scale": scale}
+        return {**params, "statistics": {**params["statistics"], **found}}
+
+    def set_proprio_statistics(self, params: Params, transitions: Transition) -> Params:
+        """Parameters with the mean and standard deviation of proprioception and the root mean
+        square of its changes per value, measured on transitions [N]; as they were where
+        proprioception is not predicted."""
+        if not self.config.proprio_dim:
+            return params
+        now = jnp.asarray(transitions.observation.proprio)
+        change = transitions.next_proprio - now
+        found = {
+            "mean": now.mean(0),
+            "std": now.std(0) + 1e-6,
+            "change": jnp.sqrt(jnp.mean(jnp.square(change), 0)) + 1e-6,
+        }
+        return {**params, "statistics": {**params["statistics"], "proprio": found}}
 
     # Sequences
 
@@ -331,6 +359,11 @@ class UMMWorld:
         if self.config.actions_as == "text":
             return bagel.text_segment(params, self.config, *self.action_text(actions))
         return bagel.action_segment(params, self.config, self.tokenizer, actions)
+
+    def _proprio_query(self, params, proprio):
+        stats = params["statistics"]["proprio"]
+        standard = (proprio - stats["mean"]) / stats["std"]
+        return bagel.proprio_segment(params, self.config, standard)
 
     def answer_segments(self, params: Params, observation: Observation) -> list[Segment]:
         """What the answer "Yes" or "No" follows: the first view, the instruction, the question and
@@ -419,6 +452,12 @@ class UMMWorld:
         for camera, image in observation.images.items():
             if image.shape[-3:] != size:
                 raise ValueError(f"Image {camera!r} is {image.shape[-3:]}, expected {size}.")
+        values = observation.proprio.shape[-1]
+        if self.config.proprio_dim not in (0, values):
+            raise ValueError(
+                f"Proprioception has {values} values, proprio_dim is {self.config.proprio_dim}: "
+                "set it to that, or to 0 to hold proprioception fixed in imagination."
+            )
         chunk = (self.chunk, self.action_dim)
         if actions is not None and actions.shape[-2:] != chunk:
             raise ValueError(f"The action chunk is {actions.shape[-2:]}, expected {chunk}.")

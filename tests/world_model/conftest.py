@@ -69,6 +69,7 @@ def make_transition(seed=0, batch=(2,), cameras=CAMERAS):
         make_observation(seed, batch, cameras),
         rng.uniform(-1, 1, (*batch, 3, 2)).astype(np.float32),
         make_observation(seed + 1, batch, cameras).images,
+        rng.normal(size=(*batch, 8)).astype(np.float32),
     )
 
 

@@ -46,13 +46,17 @@ def test_classification_by_hand():
 def test_copying_scores_as_the_baseline():
     transitions = make_transition(batch=(5,))
     imagined = metrics.imagine_chunk(CopyWorld(), {}, transitions, jax.random.key(0), batch_size=2)
-    report = metrics.fidelity(transitions, imagined, batch_size=2)
+    report = metrics.fidelity(transitions, imagined.images, batch_size=2)
     for camera in CAMERAS:
         scores = report[camera]
         now, later = transitions.observation.images[camera], transitions.next_images[camera]
         np.testing.assert_allclose(scores["psnr"], metrics.psnr(now, later).mean(), rtol=1e-5)
         assert scores["psnr"] == scores["copy_psnr"]
         assert scores["ssim"] == scores["copy_ssim"]
+    proprio = metrics.proprio_error(transitions, imagined.proprio)
+    moved = np.abs(transitions.next_proprio - transitions.observation.proprio)
+    np.testing.assert_allclose(proprio["copy_error"], moved.mean(0), rtol=1e-6)
+    assert proprio["error"] == proprio["copy_error"]
 
 
 def test_horizon_compares_with_each_frame():

@@ -136,7 +136,7 @@ def test_text_actions_velocity_and_guidance():
 def test_statistics_whiten_latents_and_residuals(world, params):
     transition = make_transition(batch=(16,))
     images, following = transition.observation.images, transition.next_images
-    params = world.set_latent_statistics(params, images, following)
+    params = world.set_latent_statistics(params, transition)
     now = {c: world.encode_images(params, images[c]) for c in CAMERAS}
     later = {c: world.encode_images(params, following[c]) for c in CAMERAS}
     pooled = np.concatenate([now[c] for c in CAMERAS])
@@ -161,7 +161,8 @@ def moving_squares(rng, count):
 
     observation = make_observation(batch=(count,)).replace(images=draw(start))
     chunk = np.repeat(step[:, None] / 2.0, 3, axis=1).astype(np.float32)
-    return Transition(observation, chunk, draw(start + step))
+    observation = observation.replace(proprio=start.astype(np.float32))
+    return Transition(observation, chunk, draw(start + step), (start + step).astype(np.float32))
 
 
 def train(loss_fn, params, batches, learning_rate):
@@ -186,6 +187,7 @@ def test_it_learns_a_moving_square():
         train_timestep_shift=4.0,
         targets_per_example=2,
         num_timesteps=2,
+        proprio_dim=2,
     )
     rng = np.random.default_rng(0)
     params = world.init(jax.random.key(0))
@@ -193,7 +195,7 @@ def test_it_learns_a_moving_square():
     frames = np.concatenate([*data.observation.images.values()])
     picks = (frames[rng.integers(len(frames), size=32)] for _ in range(200))
     params["vae"] = train(lambda p, x, k: world.vae_loss(p, x, k)[0], params["vae"], picks, 1e-2)
-    params = world.set_latent_statistics(params, data.observation.images, data.next_images)
+    params = world.set_proprio_statistics(world.set_latent_statistics(params, data), data)
 
     frozen = {k: params[k] for k in world.frozen}
     trained = {k: v for k, v in params.items() if k not in world.frozen}
@@ -204,7 +206,9 @@ def test_it_learns_a_moving_square():
     )
     held_out = moving_squares(rng, 128)
     imagined = metrics.imagine_chunk(world, {**trained, **frozen}, held_out, KEY)
-    report = metrics.fidelity(held_out, imagined)
+    proprio = metrics.proprio_error(held_out, imagined.proprio)
+    assert np.mean(proprio["error"]) < 0.5 * np.mean(proprio["copy_error"])
+    report = metrics.fidelity(held_out, imagined.images)
     for camera in CAMERAS:
         assert report[camera]["psnr"] > report[camera]["copy_psnr"] + 1.0, report
 
@@ -290,6 +294,26 @@ def test_moments_computed_before_give_the_same_loss(world, params):
     loss = jax.jit(lambda m: world.dynamics_loss(params, transition, KEY, m)[0])
     np.testing.assert_allclose(loss(moments), loss(None), rtol=1e-5)
     assert abs(loss(moments[::-1]) - loss(None)) > 1e-3  # they are used
+
+
+def test_predicted_proprioception_leaves_the_views_alone(world, params, step):
+    predicting = make_world(proprio_dim=8)
+    fresh = predicting.init(jax.random.key(0))
+    adapters = {**fresh["adapters"], **params["adapters"]}
+    head = 0.3 * jax.random.normal(KEY, adapters["llm2proprio"]["kernel"].shape)
+    adapters["llm2proprio"] = {**adapters["llm2proprio"], "kernel": head}
+    more = {**params, "adapters": adapters, "statistics": fresh["statistics"]}
+    observation = make_observation()
+    held = step(params, observation, actions(), KEY)
+    moved = jax.jit(predicting.step)(more, observation, actions(), KEY)
+    for camera in CAMERAS:
+        np.testing.assert_allclose(moved.images[camera], held.images[camera], atol=1)
+    np.testing.assert_array_equal(held.proprio, observation.proprio)
+    assert np.all(np.abs(moved.proprio - observation.proprio).max(-1) > 1e-3)
+    other = jax.jit(predicting.step)(more, observation, actions(5), KEY)
+    assert np.any(moved.proprio != other.proprio)
+    with pytest.raises(ValueError, match="8 values, proprio_dim is 3"):
+        make_world(proprio_dim=3).step(more, observation, actions(), KEY)
 
 
 def test_targets_per_example_do_not_see_each_other(params):
