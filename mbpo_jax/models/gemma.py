@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mbpo_jax.models.layers import SCAN, LayerLoop, lecun_normal, linear, matmul
+from mbpo_jax.models.layers import SCAN, LayerLoop, lecun_normal, linear, matmul, unstack
 
 RMS_EPSILON = 1e-6
 ROPE_WAVELENGTH = 10_000.0
@@ -119,7 +119,8 @@ def encode_prefix(
         `cache_only`), and the cache for `denoise`.
     """
     layers = _member(params["layers"], "")
-    rope = _rotation(jnp.cumsum(mask, axis=-1) - 1, _head_dim(layers))
+    head_dim = layers["attn"]["attn_vec_einsum"]["w"].shape[-2]
+    rope = _rotation(jnp.cumsum(mask, axis=-1) - 1, head_dim)
     attend = mask[:, :, None] & mask[:, None, :]
     depth = params["layers"]["mlp"]["linear"].shape[0]
     stop = jnp.arange(depth) == depth - 1
@@ -144,8 +145,16 @@ def modulations(params: dict, condition: jax.Array) -> dict[str, jax.Array]:
     return {**per_layer, "final_norm": linear(params["final_norm_1"]["Dense_0"], condition)}
 
 
+def expert_layers(params: dict, loop: LayerLoop = SCAN) -> dict | list[dict]:
+    """The action expert's layers as `denoise` runs them: a stack for a loop, or one by one and
+    ready for their matrix products for an unrolled one. A sampler makes them once for all steps."""
+    stack = _member(params["layers"], "_1")
+    return [_matrices(layer) for layer in unstack(stack)] if loop.unroll else stack
+
+
 def denoise(
     params: dict,
+    layers: dict | list[dict],
     tokens: jax.Array,
     cache: KVCache,
     modulation: dict[str, jax.Array] | None,
@@ -155,6 +164,7 @@ def denoise(
     """Runs the action expert over M sets of tokens that share one prefix.
 
     Args:
+        layers: `expert_layers`.
         tokens: [B, M, T, D]; the M sets do not see each other.
         modulation: `modulations` of conditions [B, M, D] (or [1, M, D], the same for all); None
             for plain norms (π0).
@@ -164,9 +174,8 @@ def denoise(
         Hidden states after the final norm, [B, M, T, D].
     """
     batch, sets, length, width = tokens.shape
-    members = _member(params["layers"], "_1")
     positions = cache.mask.sum(-1, dtype=jnp.int32)[:, None] + jnp.arange(length)
-    rope = _rotation(jnp.tile(positions, (1, sets)), _head_dim(members))
+    rope = _rotation(jnp.tile(positions, (1, sets)), cache.keys.shape[-1])
     # All sets are one sequence with a block-diagonal mask: each layer is a few large products.
     same_set = jnp.repeat(jnp.repeat(jnp.eye(sets, dtype=bool), length, 0), length, 1)
     within = same_set & jnp.tile(attend, (sets, sets))
@@ -187,7 +196,12 @@ def denoise(
     modulation = dict(modulation or {})
     final = modulation.pop("final_norm", None)
     by_layer = jax.tree.map(lambda y: jnp.moveaxis(y, -2, 0), modulation)
-    x, _ = loop(block, x, (members, by_layer, cache.keys, cache.values))
+    context = (by_layer, cache.keys, cache.values)
+    if isinstance(layers, list):
+        stack = [(layer, *its) for layer, its in zip(layers, unstack(context))]
+    else:
+        stack = (layers, *context)
+    x, _ = loop(block, x, stack)
     features, _ = _norm(params["final_norm_1"], x, final)
     return features.reshape(tokens.shape)
 
@@ -204,8 +218,20 @@ def _member(layers: dict, suffix: str) -> dict:
     return {"attn": attention} | plain
 
 
-def _head_dim(layers: dict) -> int:
-    return layers["attn"]["attn_vec_einsum"]["w"].shape[-2]
+def _matrices(layer: dict) -> dict:
+    """A layer with its attention as two matrices: queries, keys and values of all heads in one,
+    [D, (N + 2 G) H], and the output, [N H, D]. One that has them already is left as it is."""
+    attention = layer["attn"]
+    if "qkv" in attention:
+        return layer
+    heads = (
+        [*attention["qkv_einsum"]["w"]]
+        if "qkv_einsum" in attention
+        else [attention["q_einsum"]["w"], *attention["kv_einsum"]["w"]]
+    )
+    out = attention["attn_vec_einsum"]["w"]  # [N, H, D]
+    qkv = jnp.concatenate(heads).swapaxes(0, 1).reshape(out.shape[-1], -1)
+    return {**layer, "attn": {"qkv": qkv, "out": out.reshape(-1, out.shape[-1])}}
 
 
 def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=None):
@@ -214,7 +240,7 @@ def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=No
     `context`: earlier keys and values [B, G, S, H] to attend to; `attend` bool [B, T, S + T].
     `stop_here`: bool scalar, True leaves x as it is.
     """
-    modulation = modulation or {}
+    modulation, weights = modulation or {}, _matrices(weights)
     normed, attention_gate = _norm(weights.get(NORMS[0]), x, modulation.get(NORMS[0]))
     query, key, value = _heads(weights["attn"], normed, rope)
 
@@ -235,13 +261,13 @@ def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=No
 
 def _heads(weights, x, rope):
     """Rotated and scaled queries [B, N, T, H], rotated keys and values [B, G, T, H]."""
-    head_dim = weights["attn_vec_einsum"]["w"].shape[-2]
-    if "qkv_einsum" in weights:
-        query, key, value = (_project(x, w, head_dim) for w in weights["qkv_einsum"]["w"])
-    else:
-        query = _project(x, weights["q_einsum"]["w"], head_dim)
-        key, value = (_project(x, w, head_dim) for w in weights["kv_einsum"]["w"])
-    return _rotate(query, rope) * head_dim**-0.5, _rotate(key, rope), value
+    head_dim = 2 * rope[0].shape[-1]
+    queries = weights["out"].shape[0] // head_dim
+    heads = matmul(x, weights["qkv"]).reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+    groups = (heads.shape[1] - queries) // 2
+    rotated = _rotate(heads[:, : queries + groups], rope)
+    query, key = rotated[:, :queries], rotated[:, queries:]
+    return query * head_dim**-0.5, key, heads[:, queries + groups :]
 
 
 def _attention(weights, query, keys, values, attend):
@@ -256,14 +282,7 @@ def _attention(weights, query, keys, values, attend):
     probs = jax.nn.softmax(logits).astype(query.dtype).reshape(batch, groups, -1, size)
     mixed = jnp.einsum("bgqk,bgkh->bgqh", probs, values)
     mixed = mixed.reshape(batch, heads, length, head_dim).swapaxes(1, 2)
-    out = weights["attn_vec_einsum"]["w"].reshape(heads * head_dim, -1)
-    return matmul(mixed.reshape(batch, length, -1), out)
-
-
-def _project(x: jax.Array, weight: jax.Array, head_dim: int) -> jax.Array:
-    """x [B, T, D] by weight [N, D, H] -> [B, N, T, H], all heads in one matrix product."""
-    flat = matmul(x, weight.swapaxes(0, 1).reshape(x.shape[-1], -1))
-    return flat.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+    return matmul(mixed.reshape(batch, length, -1), weights["out"])
 
 
 def _rotation(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:

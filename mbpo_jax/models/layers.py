@@ -62,6 +62,12 @@ def linear(weights: dict, x: jax.Array) -> jax.Array:
     return y + weights["bias"].astype(x.dtype) if "bias" in weights else y
 
 
+def unstack(stack: Any) -> list[Any]:
+    """The layers of a stack, one by one."""
+    depth = len(jax.tree.leaves(stack)[0])
+    return [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(depth)]
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerLoop:
     """How a stack of layers is run.
@@ -75,9 +81,16 @@ class LayerLoop:
     unroll: bool = False
 
     def __call__(self, layer: Callable, x: Any, stack: Any) -> tuple[Any, Any]:
-        """`lax.scan` of layer(x, weights) -> (x, output) over the leading axis of `stack`."""
+        """`lax.scan` of layer(x, weights) -> (x, output) over the leading axis of `stack`, or over
+        a list of layers."""
         layer = jax.checkpoint(layer) if self.remat else layer
-        return jax.lax.scan(layer, x, stack, unroll=self.unroll)
+        if not isinstance(stack, list):
+            return jax.lax.scan(layer, x, stack, unroll=self.unroll)
+        outputs = []
+        for weights in stack:
+            x, output = layer(x, weights)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *outputs)
 
 
 SCAN = LayerLoop()

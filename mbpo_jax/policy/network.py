@@ -4,6 +4,9 @@ Images and prompt become a prefix (`encode`); given a prefix, noisy chunks have 
 Parameters are openpi's tree.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -127,38 +130,42 @@ def at_times(actor: dict, config: Pi0Config, times: jax.Array):
 
 
 def velocity(
-    actor: dict, config: Pi0Config, prefix: Prefix, x: jax.Array, time
-) -> tuple[jax.Array, jax.Array]:
-    """Velocity of M noisy chunks per prefix.
+    actor: dict, config: Pi0Config, prefix: Prefix
+) -> Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]:
+    """The velocity of M noisy chunks per prefix, as a function `(x, time) -> (velocity, features)`
+    that has prepared the expert's weights once for all its calls.
 
-    Args:
-        x: float32 [B, M, k, action_dim].
-        time: `at_times` of flow times [B, M], or [1, M], the same for all.
-
-    Returns:
-        Velocity float32 [B, M, k, action_dim] and the expert's last hidden states, float32
-        [B, M, k, W].
+    x: float32 [B, M, k, action_dim]; time: `at_times` of flow times [B, M], or [1, M], the same
+    for all. Velocity: float32 [B, M, k, action_dim]; features: the expert's last hidden states,
+    float32 [B, M, k, W].
     """
     dtype, width = jnp.dtype(config.dtype), config.expert.width
-    steps = x.shape[2]
-    tokens = linear(actor["action_in_proj"], x)
-    attend = jnp.ones((steps, steps), bool)
-    if not config.pi05:
-        time = jnp.broadcast_to(time[..., None, :], tokens.shape)
-        hidden = linear(actor["action_time_mlp_in"], jnp.concatenate([tokens, time], axis=-1))
-        tokens = linear(actor["action_time_mlp_out"], jax.nn.silu(hidden))
-        state = linear(actor["state_proj"], prefix.state)[:, None, None]
-        state = jnp.broadcast_to(state, (*x.shape[:2], 1, width))
-        tokens = jnp.concatenate([state, tokens], axis=2)
-        # The state token sees the prefix and itself, never the noisy actions.
-        attend = jnp.pad(attend, ((1, 0), (1, 0)), constant_values=True).at[0, 1:].set(False)
-    hidden = gemma.denoise(
-        actor["PaliGemma"]["llm"],
-        tokens.astype(dtype),
-        prefix.cache,
-        time if config.pi05 else None,
-        attend,
-        config.layer_loop,
-    )
-    features = hidden[:, :, -steps:].astype(jnp.float32)
-    return linear(actor["action_out_proj"], features), features
+    expert = actor["PaliGemma"]["llm"]
+    layers = gemma.expert_layers(expert, config.layer_loop)
+
+    def at(x: jax.Array, time) -> tuple[jax.Array, jax.Array]:
+        steps = x.shape[2]
+        tokens = linear(actor["action_in_proj"], x)
+        attend = jnp.ones((steps, steps), bool)
+        if not config.pi05:
+            time = jnp.broadcast_to(time[..., None, :], tokens.shape)
+            hidden = linear(actor["action_time_mlp_in"], jnp.concatenate([tokens, time], axis=-1))
+            tokens = linear(actor["action_time_mlp_out"], jax.nn.silu(hidden))
+            state = linear(actor["state_proj"], prefix.state)[:, None, None]
+            state = jnp.broadcast_to(state, (*x.shape[:2], 1, width))
+            tokens = jnp.concatenate([state, tokens], axis=2)
+            # The state token sees the prefix and itself, never the noisy actions.
+            attend = jnp.pad(attend, ((1, 0), (1, 0)), constant_values=True).at[0, 1:].set(False)
+        hidden = gemma.denoise(
+            expert,
+            layers,
+            tokens.astype(dtype),
+            prefix.cache,
+            time if config.pi05 else None,
+            attend,
+            config.layer_loop,
+        )
+        features = hidden[:, :, -steps:].astype(jnp.float32)
+        return linear(actor["action_out_proj"], features), features
+
+    return at

@@ -106,9 +106,8 @@ def _network_rows(folder: Path) -> list[Row]:
     prefix = network.encode(actor, config, images, image_mask, prompt, state)
     noisy, target = flow.interpolate(golden["actions"], golden["noise"], golden["time"])
     at = functools.partial(network.at_times, actor, config)
-    velocity, features = network.velocity(
-        actor, config, prefix, noisy[:, None], at(jnp.asarray(golden["time"])[:, None])
-    )
+    velocity_at = network.velocity(actor, config, prefix)
+    velocity, features = velocity_at(noisy[:, None], at(jnp.asarray(golden["time"])[:, None]))
     values = {
         "prefix_tokens": tokens,
         "prefix_mask": mask,
@@ -131,7 +130,7 @@ def _network_rows(folder: Path) -> list[Row]:
     for name in golden.files:
         if name.startswith("sample_actions_"):
             values[name] = flow.sample_ode(
-                functools.partial(network.velocity, actor, config, prefix),
+                velocity_at,
                 golden["sample_noise"],
                 int(name.rsplit("_", 1)[1]),
                 at,
@@ -154,7 +153,7 @@ def _gradient_rows(folder, actor, config, images, image_mask, prompt, state) -> 
         x, target = flow.interpolate(golden["actions"], golden["noise"], golden["time"])
         times = jnp.asarray(golden["time"])[:, None]
         time = network.at_times(actor, config, times)
-        velocity, _ = network.velocity(actor, config, prefix, x[:, None], time)
+        velocity, _ = network.velocity(actor, config, prefix)(x[:, None], time)
         return jnp.square(velocity[:, 0] - target).mean()
 
     gradients = jax.grad(loss)(actor)

@@ -215,8 +215,7 @@ class FlowPolicy:
         )
 
     def _velocity(self, actor: Params, prefix: Prefix) -> flow.VelocityFunction:
-        weights = self._network(actor)
-        return lambda x, time: network.velocity(weights, self.config, prefix, x, time)
+        return network.velocity(self._network(actor), self.config, prefix)
 
     def _at_times(self, actor: Params) -> flow.TimeFunction:
         weights = self._network(actor)

@@ -16,7 +16,7 @@ def velocity_of(policy, params, observation, camera_mask=None):
     prefix = policy.encode(params, observation, camera_mask)
     x = jnp.linspace(-1, 1, 3 * 4 * 5).reshape(3, 1, 4, 5)
     time = network.at_times(params["actor"], policy.config, jnp.full((3, 1), 0.4))
-    return network.velocity(params["actor"], policy.config, prefix, x, time)[0]
+    return network.velocity(params["actor"], policy.config, prefix)(x, time)[0]
 
 
 def change(array, where):
@@ -90,10 +90,10 @@ def test_flow_times_of_one_prefix_do_not_see_each_other(observation):
         x = jax.random.normal(jax.random.key(1), (3, 3, 4, 5))
         times = jnp.linspace(0.1, 0.9, 9).reshape(3, 3)
         time = network.at_times(params["actor"], policy.config, times)
-        together, _ = network.velocity(params["actor"], policy.config, prefix, x, time)
+        together, _ = network.velocity(params["actor"], policy.config, prefix)(x, time)
         for m in range(3):
             one, here = jax.tree.map(lambda y, m=m: y[:, m : m + 1], (x, time))
-            alone, _ = network.velocity(params["actor"], policy.config, prefix, one, here)
+            alone, _ = network.velocity(params["actor"], policy.config, prefix)(one, here)
             np.testing.assert_allclose(together[:, m], alone[:, 0], atol=2e-5)
 
 
