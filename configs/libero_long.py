@@ -166,11 +166,11 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.tasks = (5,)
     c.image_size = 64
     c.workers = 2
-    c.max_steps = 200  # the scripted expert needs about 80
+    c.max_steps = 160  # the scripted expert needs about 80
     c.parallel.fsdp = 1
-    c.demonstrations.episodes_per_task = 72
+    c.demonstrations.episodes_per_task = 64
 
-    c.sft.steps = 1700
+    c.sft.steps = 1500
     c.sft.batch_size = 32
     c.sft.learning_rate = 1.5e-3
     c.sft.warmup_steps = 50
@@ -182,7 +182,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     w.dynamics_batch_size = 16
     w.reward_batch_size = 16
     w.reward_weight = 0.1
-    w.vae_training.steps = 1300
+    w.vae_training.steps = 1200
     w.vae_training.learning_rate = 4e-3
     w.vae_training.batch_size = 8
     w.training.steps = 900
@@ -194,7 +194,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     # every update, and larger steps than the paper's 3.3 B parameters take.
     c.rl.start_states = 256
     c.rl.imagination_batch = 32
-    c.rl.updates = 80
+    c.rl.updates = 72
     c.rl.updates_per_refill = 3
     c.rl.value_recompute_every = 3
     c.rl.critic_warmup = 20

@@ -17,6 +17,8 @@ class EpisodeRequest:
     action_noise: levels of the jitter on the expert's actions; an episode draws one of them.
     render_every: stride of the expert's frames in steps; divides the chunk, so that the frame a
         chunk later is there too.
+    success_frames: last frames of a policy's success that are drawn; those before the very last are
+        further positive examples for the reward.
     video_size: pixels of extra frames for a video, 0 for none.
     """
 
@@ -26,6 +28,7 @@ class EpisodeRequest:
     max_steps: int = 520
     action_noise: tuple[float, ...] = (0.0,)
     render_every: int = 5
+    success_frames: int = 5
     video_size: int = 0
 
     def __post_init__(self) -> None:

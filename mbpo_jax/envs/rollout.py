@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mbpo_jax.envs.libero import ACTION_DIM, LiberoEnv
-from mbpo_jax.envs.recording import SUCCESS_FRAMES, Recorder
+from mbpo_jax.envs.recording import Recorder
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 
 
@@ -16,8 +16,8 @@ def run_policy(
     """One episode of a policy, open loop inside a chunk.
 
     `act` maps a Query to a chunk of actions float [k, 7] with k = env.chunk. Frames are at the
-    chunks' starts and at the end, and at the last 5 steps of a success. Raises ValueError for a
-    chunk of another shape.
+    chunks' starts and at the end, and at the last `request.success_frames` steps of a success.
+    Raises ValueError for a chunk of another shape.
     """
     started = time.perf_counter()
     env.max_steps = request.max_steps
@@ -40,7 +40,7 @@ def run_policy(
             if env.over:
                 break
     length = env.num_steps
-    first = length - SUCCESS_FRAMES + 1 if env.success else length
+    first = length - request.success_frames + 1 if env.success else length
     timesteps = np.union1d(list(drawn), np.arange(max(0, first), length + 1))
     sent = np.concatenate(planned)
     episode = recorder.episode(request, source, timesteps, sent, sent, drawn)

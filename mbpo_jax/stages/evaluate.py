@@ -59,7 +59,9 @@ def _requests(config: Config) -> list[EpisodeRequest]:
                 "init states"
             )
         requests += [
-            EpisodeRequest(task_id=task, init_state_id=i, max_steps=config.max_steps)
+            EpisodeRequest(
+                task_id=task, init_state_id=i, max_steps=config.max_steps, success_frames=1
+            )
             for i in range(wanted)
         ]
     return requests
@@ -162,6 +164,7 @@ def _film(
             task_id=chosen[0].task_id,
             init_state_id=chosen[0].init_state_id,
             max_steps=config.max_steps,
+            success_frames=1,
             video_size=config.evaluation.video_size,
         )
         act = batched_act(config, policy, params)
