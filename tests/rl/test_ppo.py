@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from mbpo_jax.rl import parity
-from mbpo_jax.rl.ppo import actor_loss
+from mbpo_jax.rl.gae import PPOBatch
+from mbpo_jax.rl.ppo import PPO, actor_loss
+from tests.toy import ToyPolicy, observation
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -51,3 +53,50 @@ def test_golden_vectors():
     rows = parity.run(FIXTURES)
     assert len(rows) == 18
     assert not [row for row in rows if not row[3]]
+
+
+def test_frozen_parameters_do_not_decay():
+    class WithFrozenBase(ToyPolicy):
+        def encode(self, params, observation):
+            prefix = super().encode(params, observation)
+            base = jax.lax.stop_gradient(params["actor"]["base"])
+            return {**prefix, "mean": prefix["mean"] + base}
+
+    def after_update(trainable):
+        policy = WithFrozenBase()
+        params = {
+            "actor": {"mean": jnp.ones(()), "base": jnp.ones(())},
+            "critic": {"w": jnp.ones(2)},
+        }
+        ppo = PPO(
+            policy,
+            actor_lr=0.1,
+            critic_lr=0.1,
+            weight_decay=0.5,
+            grad_clip=1.0,
+            clip_ratio=0.1,
+            value_clip=0.5,
+            huber_delta=10.0,
+            critic_warmup=0,
+            trainable=trainable,
+        )
+        start = observation([0.0, 0.5])
+        prefix = policy.encode(params, start)
+        sample = policy.sample(params, prefix, jax.random.key(0))
+        value = policy.value(params, prefix)
+        batch = PPOBatch(
+            observation=start,
+            chain=sample.chain,
+            log_prob=sample.log_prob,
+            value=value,
+            advantage=jnp.array([1.0, -1.0]),
+            target=value + 1.0,
+            valid=jnp.ones(2),
+        )
+        return ppo.update(ppo.init(params), batch)[0].params["actor"]
+
+    frozen = after_update({"mean": True, "base": False})
+    assert frozen["base"] == 1.0
+    assert frozen["mean"] != 1.0
+    # AdamW moves a parameter without gradient by -lr * decay.
+    np.testing.assert_allclose(after_update(None)["base"], 1 - 0.1 * 0.5, atol=1e-6)
