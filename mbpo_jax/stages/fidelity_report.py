@@ -27,6 +27,7 @@ def write(
         _reward(models),
         _horizon(config, models),
         _motion(config, models),
+        _out_of_view(models),
     ]
     pictures = [
         png(figures.film_strip(real[camera], strips[camera], camera), f"{name}, open loop")
@@ -151,3 +152,22 @@ def _motion(config: Config, models: dict) -> Section:
         for camera in config.cameras
     }
     return Section("Motion", text, images=[png(figures.motion(lines), "motion by decile")])
+
+
+def _out_of_view(models: dict) -> Section:
+    def number(value):
+        return "–" if value is None else f"{value:.1f}"
+
+    rows = [
+        (name, camera, f"{100 * v['out_of_view']['unseen_share']:.1f} %")
+        + tuple(number(v["out_of_view"][kind]) for kind in ("seen_rms", "unseen_rms"))
+        for name, m in models.items()
+        for camera, v in m["views"].items()
+    ]
+    text = (
+        "Patches of 8 × 8 pixels (at 64 pixels per side) of the real next frame that no window of "
+        "the current frame resembles came into view during the chunk, and a model has to invent "
+        "them. Errors are root mean squares in grey levels."
+    )
+    header = ("model", "view", "came into view", "error where seen", "error where not")
+    return Section("Out of view", text, [Table(header, rows)])

@@ -78,9 +78,20 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
         "held_out_episodes": len(held_out),
         "transitions": len(sources),
         "transitions_skipped": sources.skipped,
+        "actions_clipped": count_clipped(train),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         **report,
     }
+
+
+def count_clipped(episodes: list[Episode]) -> int:
+    """How many action values lie outside [-1, 1], to which the world model clips them; says so on
+    the terminal."""
+    clipped = sum(int((np.abs(e.actions) > 1.0).sum()) for e in episodes)
+    if clipped:
+        total = sum(e.actions.size for e in episodes)
+        print(f"[world_model] {clipped} of {total} action values outside [-1, 1] are clipped")
+    return clipped
 
 
 def _initial_params(config: Config, world: UMMWorld) -> Params:

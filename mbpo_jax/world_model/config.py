@@ -57,6 +57,7 @@ class UMMConfig:
     question: str = "Is the task done?"  # asked after the image and the instruction
     freeze_vit: bool = True
     kl_weight: float = 1e-6  # of the VAE's training loss
+    lpips_weight: float = 0.0  # likewise; counts only where the `metrics` extra is installed
 
     @property
     def latent_side(self) -> int:
@@ -106,6 +107,7 @@ def small() -> UMMConfig:
         sample_timestep_shift=1.0,
         num_timesteps=11,
         freeze_vit=False,
+        lpips_weight=0.1,
     )
 
 

@@ -170,6 +170,55 @@ def motion_by_decile(
     }
 
 
+def out_of_view(
+    current: np.ndarray,
+    imagined: np.ndarray,
+    truth: np.ndarray,
+    patch: int = 8,
+    threshold: float = 12.0,
+) -> dict[str, float | None]:
+    """Errors where the next frame shows what the current frame did not: content that came into
+    view, which a model has to invent (the out-of-view failures of arXiv 2603.20607, appendix E.2).
+
+    A patch of the real next frame is "seen" if some window of the current frame, at any place, is
+    within `threshold` grey levels (root mean square) of it.
+
+    Args:
+        current, imagined, truth: uint8 [N, H, W, 3]; averaged down to about 64 pixels first.
+
+    Returns:
+        "unseen_share" of the patches, and "seen_rms", "unseen_rms": the root mean square errors
+        (grey levels) of the imagined patches of each kind, None where there are none.
+    """
+    factor = max(1, current.shape[1] // 64)
+
+    def windows(frame, stride):
+        side = frame.shape[0] // factor
+        frame = frame[: side * factor, : side * factor].astype(np.float32)
+        frame = frame.reshape(side, factor, side, factor, 3).mean((1, 3))
+        every = np.lib.stride_tricks.sliding_window_view(frame, (patch, patch), axis=(0, 1))
+        return every[::stride, ::stride].reshape(-1, 3 * patch * patch)
+
+    seen, errors = [], []
+    for now, model, real in zip(current, imagined, truth):
+        candidates, wanted = windows(now, 1), windows(real, patch)
+        # |a - b|² = |a|² - 2 a·b + |b|²
+        squares = np.square(candidates).sum(1) - 2 * wanted @ candidates.T
+        nearest = squares.min(1) + np.square(wanted).sum(1)
+        seen.append(nearest <= threshold**2 * wanted.shape[1])
+        errors.append(np.square(windows(model, patch) - wanted).mean(1))
+    seen, errors = np.concatenate(seen), np.concatenate(errors)
+
+    def rms(chosen):
+        return float(np.sqrt(errors[chosen].mean())) if chosen.any() else None
+
+    return {
+        "unseen_share": float(1 - seen.mean()),
+        "seen_rms": rms(seen),
+        "unseen_rms": rms(~seen),
+    }
+
+
 def linear_probe(
     features: np.ndarray, targets: np.ndarray, ridge: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from mbpo_jax.models import navit, qwen2_mot, vae
 from mbpo_jax.models.qwen2_mot import Segment
 from mbpo_jax.types import Observation, Params, Prompt, RewardExample, Transition
-from mbpo_jax.world_model import bagel, generation
+from mbpo_jax.world_model import bagel, generation, perceptual
 from mbpo_jax.world_model.actions import ActionText
 from mbpo_jax.world_model.bagel import Tokenizer
 from mbpo_jax.world_model.config import UMMConfig
@@ -107,7 +107,7 @@ class UMMWorld:
         `config.proprio_dim` says so (otherwise it stays as it is).
 
         Args:
-            actions: float32 [*B, k, A] in [-1, 1] (clipped where they are written as text).
+            actions: float32 [*B, k, A], clipped to [-1, 1].
 
         Raises:
             ValueError: a view is missing, or an image or the chunk has another shape.
@@ -257,10 +257,11 @@ class UMMWorld:
     def vae_loss(
         self, vae_params: Params, images: UInt8[Array, "B H W 3"], key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """Reconstruction (absolute + squared error) and a small KL to the standard normal.
+        """Reconstruction (absolute + squared error), a small KL to the standard normal, and LPIPS
+        where the config weighs it and it is installed.
 
         Returns:
-            The loss and {"vae/l1", "vae/psnr", "vae/kl"}.
+            The loss and {"vae/l1", "vae/psnr", "vae/kl", "vae/lpips"} (the last only if it counts).
         """
         config = self.config.vae
         pixels = self._pixels(images)
@@ -272,7 +273,12 @@ class UMMWorld:
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
         psnr = -10.0 * jnp.log10(l2 / 4.0)
         loss = l1 + l2 + self.config.kl_weight * kl
-        return loss, {"vae/l1": l1, "vae/psnr": psnr, "vae/kl": kl}
+        metrics = {"vae/l1": l1, "vae/psnr": psnr, "vae/kl": kl}
+        distance = perceptual.lpips() if self.config.lpips_weight else None
+        if distance:
+            metrics["vae/lpips"] = distance(pixels + error, pixels).mean()
+            loss += self.config.lpips_weight * metrics["vae/lpips"]
+        return loss, metrics
 
     def image_moments(
         self, params: Params, images: UInt8[Array, "B H W 3"]
@@ -356,6 +362,7 @@ class UMMWorld:
         return bagel.text_segment(params, self.config, prompt.tokens, prompt.mask)
 
     def _action(self, params, actions):
+        actions = jnp.clip(actions, -1.0, 1.0)
         if self.config.actions_as == "text":
             return bagel.text_segment(params, self.config, *self.action_text(actions))
         return bagel.action_segment(params, self.config, self.tokenizer, actions)

@@ -104,3 +104,17 @@ def test_probe_finds_a_linear_map():
     wide = rng.normal(size=(10, 200))
     w, b = metrics.linear_probe(wide, wide[:, :1], ridge=1e-6)
     np.testing.assert_allclose(wide @ w + b, wide[:, :1], atol=1e-3)
+
+
+def test_what_came_into_view_is_told_apart():
+    rng = np.random.default_rng(0)
+    scene = rng.integers(0, 256, (64, 96, 3)).astype(np.uint8)
+    current, truth = scene[None, :, :64], scene[None, :, 16:80]  # the camera moved by 16 pixels
+    # Two of the eight columns of patches are new. The imagined frame is wrong by 8 there only.
+    imagined = truth.astype(np.int16)
+    imagined[:, :, 48:] += np.where(imagined[:, :, 48:] < 128, 8, -8)
+    found = metrics.out_of_view(current, imagined.astype(np.uint8), truth)
+    np.testing.assert_allclose(found["unseen_share"], 0.25, atol=1e-6)
+    np.testing.assert_allclose((found["seen_rms"], found["unseen_rms"]), (0.0, 8.0), atol=1e-4)
+    still = metrics.out_of_view(current, current, current)
+    assert still == {"unseen_share": 0.0, "seen_rms": 0.0, "unseen_rms": None}

