@@ -32,14 +32,14 @@ class Truth:
         self.images = dict(zip(CAMERAS, (frames, 255 - frames)))
 
 
-def write_libero_hdf5(path, truths, **replace):
+def write_libero_hdf5(path, truths, control_rate=20, **replace):
     """The layout of LIBERO's files, frames upside down as the simulator draws them."""
     import h5py
 
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["problem_info"] = json.dumps({"language_instruction": truths[0].instruction})
-        data.attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": 20}})
+        data.attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": control_rate}})
         for i, truth in enumerate(truths):
             columns = {
                 "actions": truth.actions,

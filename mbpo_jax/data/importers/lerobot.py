@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mbpo_jax.data.importers.recording import Entry, Names, Recording, decode_image
+from mbpo_jax.data.importers.recording import Entry, Names, Recording, decode_image, join
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 TARGET_ACTIONS = "target_action"  # labels, where they differ from the actions executed
@@ -114,7 +114,7 @@ def _read(source: Path, info: dict, episode: dict, names: Names) -> Recording:
         raise ValueError(f"{path} has {len(table)} rows of it, meta/ says {episode['length']}")
 
     def column(field):
-        return np.concatenate([_array(table, key) for key in keys[field]], axis=-1)
+        return join({key: _array(table, key) for key in keys[field]})
 
     def frames(camera, steps):
         key = keys[camera][0]

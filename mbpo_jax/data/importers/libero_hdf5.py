@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mbpo_jax.data.importers.recording import Entry, Names, Recording
+from mbpo_jax.data.importers.recording import Entry, Names, Recording, join
 
 _REQUIRED = {
     "actions": (("actions",),),
@@ -80,7 +80,7 @@ def _recording(path: Path, data: h5py.Group, demo: str, names: Names) -> Recordi
     keys = names.find(available, _REQUIRED, _OPTIONAL, _CAMERAS, "obs/")
 
     def column(field):
-        return np.concatenate([group[key][()] for key in keys[field]], axis=-1)
+        return join({key: group[key][()] for key in keys[field]})
 
     actions = column("actions")
 

@@ -129,6 +129,18 @@ class Names:
         return found
 
 
+def join(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[T, D] of the columns [T, D_i] that make one field, by their keys.
+
+    Raises:
+        ValueError: they have different numbers of rows.
+    """
+    if len({len(column) for column in columns.values()}) > 1:
+        rows = ", ".join(f"{key} has {len(column)}" for key, column in columns.items())
+        raise ValueError(f"different numbers of rows: {rows}")
+    return np.concatenate(list(columns.values()), axis=-1)
+
+
 def decode_image(data: bytes) -> np.ndarray:
     """uint8 [H, W, 3] of an encoded image.
 

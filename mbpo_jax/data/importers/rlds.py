@@ -17,7 +17,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mbpo_jax.data.importers.recording import Entry, Names, Recording, decode_image
+from mbpo_jax.data.importers.recording import Entry, Names, Recording, decode_image, join
 
 _REQUIRED = {
     "actions": (("action",),),
@@ -108,8 +108,7 @@ def _recording(record: bytes, names: Names) -> Recording:
     count = len(instructions)
 
     def column(field):
-        parts = [_numbers(features[_STEPS + key], key, count) for key in keys[field]]
-        return np.concatenate(parts, axis=-1)
+        return join({key: _numbers(features[_STEPS + key], key, count) for key in keys[field]})
 
     def frames(key, steps):
         images = features[_STEPS + key].bytes_list.value

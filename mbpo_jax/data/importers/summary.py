@@ -64,8 +64,8 @@ def summarize(facts: Sequence[Facts]) -> str:
         for camera in kept[0].camera_sizes:
             sizes = _counts("x".join(map(str, f.camera_sizes[camera])) for f in kept)
             rows.append(("camera", f"{camera}, {sizes} (height x width)"))
-        low = np.min([f.action_low for f in kept], axis=0)
-        high = np.max([f.action_high for f in kept], axis=0)
+        low = np.min([f.action_low for f in kept], axis=0) + 0.0  # -0.0 would be printed so
+        high = np.max([f.action_high for f in kept], axis=0) + 0.0
         ranges = (f"[{a:.3g}, {b:.3g}]" for a, b in zip(low, high, strict=True))
         rows.append(("actions", " ".join(ranges)))
     return "\n".join(f"{name:<14}{text}" for name, text in rows)
