@@ -45,6 +45,11 @@ def define_flags() -> flags.FlagHolder:
     flags.DEFINE_bool(
         "dry_run", False, "check everything, print a summary and draw first frames; import nothing"
     )
+    flags.register_validator(
+        "map",
+        lambda pairs: all("=" in pair for pair in pairs),
+        "a rename is KEY=NAME",
+    )
     flags.mark_flags_as_required(["format", "source", "workdir"])
     return config
 
