@@ -8,7 +8,6 @@ import numpy as np
 from mbpo_jax.envs.libero import ACTION_DIM, LiberoEnv
 from mbpo_jax.envs.recording import Recorder
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
-from mbpo_jax.episode import SUCCESS_FRAMES
 
 
 def run_policy(
