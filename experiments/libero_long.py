@@ -25,7 +25,7 @@ CONFIG_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
 def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
     """The command line of one suite: flags --config, --workdir and --stages (by default all but
     `fidelity`, or `default_stages`)."""
-    with _one_message():
+    with one_message():
         config_flag = config_flags.DEFINE_config_file(
             "config",
             str(CONFIG_DIRECTORY / f"{name}.py:micro"),
@@ -51,16 +51,17 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
         variant = _variant(config_flags.get_config_filename(flags.FLAGS["config"]))
         pipeline.main(config_flag.value, workdir.value or f"runs/{name}_{variant}", stages.value)
 
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    with _one_message():
+def parse_flags(argv: list[str]) -> list[str]:
+    """For `absl.app.run`: what `one_message` promises holds for the flags."""
+    with one_message():
         return flags.FLAGS(argv)
 
 
 @contextlib.contextmanager
-def _one_message():
+def one_message():
     """A wrong entry, value or variant on the command line is one message and exit status 1."""
     try:
         yield

@@ -1,4 +1,5 @@
-"""The record of one episode in the simulator or on the robot.
+"""The record of one episode in the simulator or on the robot, and what of a full-rate recording
+goes into it.
 
 It is `mbpo_jax.types.Episode`; it has a file of its own because the simulator's worker processes
 need it and must not pay for importing JAX.
@@ -7,6 +8,8 @@ need it and must not pay for importing JAX.
 import dataclasses
 
 import numpy as np
+
+SUCCESS_FRAMES = 5  # the last frames of a success, all of them positive examples for the reward
 
 
 @dataclasses.dataclass
@@ -36,3 +39,19 @@ class Episode:
     actions: np.ndarray  # float32 [F, k, A]
     target_actions: np.ndarray  # float32 [F, k, A]
     num_actions: np.ndarray  # int32 [F]
+
+
+def action_windows(sent: np.ndarray, timesteps: np.ndarray, chunk: int) -> np.ndarray:
+    """The `chunk` actions from each time step on: [F, chunk, A] from `sent` [T, A].
+
+    A window that runs over the end repeats the last action.
+    """
+    index = np.minimum(timesteps[:, None] + np.arange(chunk), len(sent) - 1)
+    return sent[index].astype(np.float32)
+
+
+def strided_timesteps(length: int, stride: int, offset: int) -> np.ndarray:
+    """int32: every `stride` steps from `offset` on, and the last SUCCESS_FRAMES up to `length`."""
+    strided = np.arange(offset, length, stride)
+    last = np.arange(max(0, length - SUCCESS_FRAMES + 1), length + 1)
+    return np.union1d(strided, last).astype(np.int32)

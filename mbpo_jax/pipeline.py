@@ -79,7 +79,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
     _check_finished(workspace)
     for name in STAGES:
         if name in wanted:
-            _run_stage(workspace, name)
+            run_stage(workspace, name, STAGES[name].run)
     if "report" in wanted:
         print(write_report(workspace, always))
     return workspace
@@ -96,14 +96,19 @@ def _check_finished(workspace: Workspace) -> None:
         workspace.check(name, _sections_up_to(name))
 
 
-def _run_stage(workspace: Workspace, name: str) -> None:
+def run_stage(workspace: Workspace, name: str, work: Callable[[Workspace, Path], dict]) -> None:
+    """Does the `work` of the stage `name`, as `Stage.run`, unless it is finished.
+
+    Raises:
+        StageError: as `run`.
+    """
     if workspace.summary(name) is not None:
         print(f"[{name}] finished before; delete {workspace.directory(name)} to run it again")
         return
     print(f"[{name}]", flush=True)
     started = time.monotonic()
     directory = workspace.begin(name, _sections_up_to(name))
-    summary = STAGES[name].run(workspace, directory)
+    summary = work(workspace, directory)
     summary["minutes"] = (time.monotonic() - started) / 60
     summary["environment"] = environment()
     workspace.finish(name, summary)

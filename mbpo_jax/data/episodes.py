@@ -179,6 +179,11 @@ def read_episodes(directory: str | Path) -> list[Episode]:
     Raises:
         ValueError: the dataset is missing, corrupt or truncated.
     """
+    return list(iterate_episodes(directory))
+
+
+def iterate_episodes(directory: str | Path) -> Iterator[Episode]:
+    """As `read_episodes`, with one episode in memory at a time."""
     directory = Path(directory)
     if not directory.exists():
         raise ValueError(f"no dataset at {directory}: run the stage that writes it")
@@ -186,15 +191,13 @@ def read_episodes(directory: str | Path) -> list[Episode]:
         builder = tfds.builder_from_directory(directory)
         split = builder.info.splits["train"]
         shards = list(zip(split.filepaths, split.shard_lengths, strict=True))
-    episodes = []
     for path, length in shards:
         with _corruption_of(path), ArrayRecordDataSource(os.fspath(path)) as records:
             if len(records) != length:
                 raise ValueError(f"{len(records)} records, expected {length}")
             for i in range(length):
                 example = builder.info.features.deserialize_example_np(records[i])
-                episodes.append(_episode(example))
-    return episodes
+                yield _episode(example)
 
 
 @contextlib.contextmanager

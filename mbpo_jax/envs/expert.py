@@ -22,8 +22,9 @@ from mbpo_jax.envs.geometry import (
     rotation_about_vertical,
 )
 from mbpo_jax.envs.libero import ACTION_DIM, LiberoEnv
-from mbpo_jax.envs.recording import Recorder, strided_timesteps
+from mbpo_jax.envs.recording import Recorder
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult
+from mbpo_jax.episode import strided_timesteps
 
 SUPPORTED_PREDICATES = ("in", "on", "turnon")
 

@@ -4,26 +4,9 @@ import numpy as np
 
 from mbpo_jax.envs.libero import LiberoEnv
 from mbpo_jax.envs.requests import EpisodeRequest
-from mbpo_jax.episode import Episode
+from mbpo_jax.episode import Episode, action_windows
 
-SUCCESS_FRAMES = 5  # the last frames of a success, all of them positive examples for the reward
 VIDEO_STRIDE = 4
-
-
-def action_windows(sent: np.ndarray, timesteps: np.ndarray, chunk: int) -> np.ndarray:
-    """The `chunk` actions from each time step on: [F, chunk, A] from `sent` [T, A].
-
-    A window that runs over the end repeats the last action.
-    """
-    index = np.minimum(timesteps[:, None] + np.arange(chunk), len(sent) - 1)
-    return sent[index].astype(np.float32)
-
-
-def strided_timesteps(length: int, stride: int, offset: int) -> np.ndarray:
-    """int32: every `stride` steps from `offset` on, and the last SUCCESS_FRAMES up to `length`."""
-    strided = np.arange(offset, length, stride)
-    last = np.arange(max(0, length - SUCCESS_FRAMES + 1), length + 1)
-    return np.union1d(strided, last).astype(np.int32)
 
 
 class Recorder:

@@ -93,6 +93,8 @@ def _terminal_table(summaries: dict) -> str:
 
 
 def _one_line(stage: str, s: dict) -> str:
+    if stage == "demonstrations" and "source" in s:
+        return f"{s['episodes']} of {s['attempts']} episodes imported from {s['source']}"
     if stage == "demonstrations":
         return f"{s['episodes']} successes of {s['attempts']} scripted episodes"
     if stage == "sft":
@@ -157,10 +159,19 @@ def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
 
 def _data_section(workspace: Workspace, summaries: dict) -> Section:
     demonstrations, rollouts = summaries["demonstrations"], summaries.get("rollouts")
-    text = (
-        f"The scripted expert succeeded in {demonstrations['episodes']} of "
-        f"{demonstrations['attempts']} episodes ({100 * demonstrations['expert_success_rate']:.0f} "
-        f"%), {demonstrations['mean_length']:.0f} steps on average; only successes are kept, "
+    if "source" in demonstrations:
+        text = (
+            f"{demonstrations['episodes']} of {demonstrations['attempts']} episodes were imported "
+            f"from {demonstrations['source']} ({demonstrations['format']}), "
+        )
+    else:
+        text = (
+            f"The scripted expert succeeded in {demonstrations['episodes']} of "
+            f"{demonstrations['attempts']} episodes "
+            f"({100 * demonstrations['expert_success_rate']:.0f} %), "
+        )
+    text += (
+        f"{demonstrations['mean_length']:.0f} steps on average; only successes are kept, "
         f"{demonstrations['frames']} frames."
     )
     if rollouts:

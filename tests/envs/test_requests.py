@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.recording import action_windows, strided_timesteps
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.episode import action_windows, strided_timesteps
 
 
 def test_windows_run_over_the_end_by_repeating_the_last_action():

@@ -1,0 +1,234 @@
+"""The stage `demonstrations` out of anyone's dataset instead of the simulator."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mbpo_jax.data.episodes import write_episodes
+from mbpo_jax.data.importers import summary
+from mbpo_jax.data.importers.recording import Entry, Facts, Layout, Names, convert, describe
+from mbpo_jax.data.spool import EpisodeSpool
+from mbpo_jax.envs.libero import SUITES, task_info
+from mbpo_jax.episode import Episode
+from mbpo_jax.stages.build import Config
+from mbpo_jax.stages.workspace import StageError, Workspace
+
+FORMATS = ("libero_hdf5", "rlds", "lerobot")  # modules of mbpo_jax.data.importers
+CONTACT_SHEET = "contact_sheet.png"
+SHEET_EPISODES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """A dataset to be read: its format, where it is, which of its keys are renamed to what, and
+    whether bad episodes are left out."""
+
+    format: str
+    source: Path
+    renames: Mapping[str, str]
+    skip_bad: bool
+
+    def entries(self, config: Config) -> list[Entry]:
+        """The source's recordings, unread.
+
+        Raises:
+            StageError: the format's reader is not installed, or the source has another format.
+        """
+        try:
+            module = importlib.import_module(f"mbpo_jax.data.importers.{self.format}")
+        except ModuleNotFoundError as error:
+            raise StageError(
+                f"reading {self.format} needs the package {error.name}: pip install -e '.[import]'"
+            ) from error
+        if not self.source.exists():
+            raise StageError(f"there is nothing at {self.source}")
+        try:
+            return module.entries(self.source, Names(config.cameras, self.renames))
+        except ValueError as error:
+            raise StageError(str(error)) from error
+
+    def fingerprint(self, config: Config) -> str:
+        """Differs for another import, another config, and files that were changed."""
+        files = self.source.rglob("*") if self.source.is_dir() else [self.source]
+        stats = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+        what = (self.format, sorted(self.renames.items()), _layout(config), config.tasks, stats)
+        return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def survey(config: Config, job: Import, workdir: Path) -> str:
+    """Reads and checks everything, writes a contact sheet of first frames into `workdir` and
+    nothing else; returns the summary.
+
+    Raises:
+        StageError: episodes are bad and not skipped; the message has all their problems.
+    """
+    entries = job.entries(config)
+    chosen = summary.spread(len(entries), SHEET_EPISODES)
+    facts: list[Facts] = []
+    shown: dict[str, Episode] = {}
+
+    def store(number, found, episode):
+        facts.append(found)
+        if episode is not None and number in chosen:
+            shown[found.name] = episode
+
+    _read_entries(entries, config, (), store)
+    text = _judge(facts, job)
+    if shown:
+        workdir.mkdir(parents=True, exist_ok=True)
+        summary.write_contact_sheet(workdir / CONTACT_SHEET, shown)
+        text += f"\ncontact sheet {workdir / CONTACT_SHEET}"
+    return text
+
+
+def import_demonstrations(workspace: Workspace, directory: Path, job: Import) -> dict:
+    """The work of the stage: the source's successes on the config's tasks become its dataset. It
+    continues where an earlier call was stopped.
+
+    Raises:
+        StageError: episodes are bad and not skipped (the message has all their problems), or none
+            is left.
+    """
+    config = workspace.config
+    entries = job.entries(config)
+    spool, log = EpisodeSpool(directory / "spool"), directory / "episodes.jsonl"
+    found = _read_log(log)
+    with log.open("a") as file:
+
+        def store(number, facts, episode):
+            if episode is not None:
+                spool.add(_spool_name(number), episode)
+            found[number] = facts
+            file.write(json.dumps([number, dataclasses.asdict(facts)]) + "\n")
+            file.flush()
+
+        _read_entries(entries, config, tuple(found), store)
+    facts = [found[number] for number in range(len(entries))]
+    text = _judge(facts, job)
+    kept = [number for number, f in enumerate(facts) if f.kept]
+    if not kept:
+        raise StageError(f"nothing is left to import\n{text}")
+    print(text)
+    shown = [kept[i] for i in summary.spread(len(kept), SHEET_EPISODES)]
+    summary.write_contact_sheet(
+        directory / CONTACT_SHEET, {facts[i].name: spool.load(_spool_name(i)) for i in shown}
+    )
+    tasks = _wanted_tasks(config)
+    if tasks is None:
+        names = dict.fromkeys(_plain(facts[i].instruction) for i in kept)
+        tasks = {name: number for number, name in enumerate(names)}
+    if not (directory / "dataset").exists():
+        write_episodes(directory / "dataset", _episodes(spool, kept, tasks))
+    kept_facts = [facts[i] for i in kept]
+    attempts = Counter(_plain(f.instruction) for f in facts)
+    successes = Counter(_plain(f.instruction) for f in kept_facts)
+    return {
+        "format": job.format,
+        "source": str(job.source),
+        "episodes": len(kept),
+        "attempts": len(facts),
+        "skipped": {f.name: f.problems for f in facts if f.problems},
+        "mean_length": float(np.mean([f.length for f in kept_facts])),
+        "frames": sum(f.frames for f in kept_facts),
+        "control_rate": kept_facts[0].control_rate,
+        "tasks": {
+            str(task): {"instruction": x, "successes": successes[x], "attempts": attempts[x]}
+            for x, task in tasks.items()
+        },
+    }
+
+
+def _read_entries(
+    entries: Sequence[Entry],
+    config: Config,
+    finished: Container[int],
+    store: Callable[[int, Facts, Episode | None], None],
+) -> None:
+    """Calls `store` with the number of every unfinished entry, what is in it, and its episode if
+    it is kept."""
+    layout, wanted = _layout(config), _wanted_tasks(config)
+    bad = 0
+    with tqdm(entries, desc="reading", unit="ep") as bar:
+        for number, entry in enumerate(bar):
+            if number in finished:
+                continue
+            facts, episode = _read_entry(entry, layout, wanted)
+            bad += bool(facts.problems)
+            bar.set_postfix(bad=bad)
+            store(number, facts, episode if facts.kept else None)
+
+
+def _read_entry(
+    entry: Entry, layout: Layout, wanted: Mapping[str, int] | None
+) -> tuple[Facts, Episode | None]:
+    try:
+        recording = entry.read()
+    except ValueError as error:
+        return Facts(entry.name, [str(error)]), None
+    if recording.instruction and wanted is not None and _plain(recording.instruction) not in wanted:
+        facts = describe(entry.name, recording)
+        facts.left_out = f"{recording.instruction!r}: not among the config's tasks"
+        return facts, None
+    facts, episode = convert(entry.name, recording, layout)
+    if facts.success is False:
+        facts.left_out = "failures: demonstrations are successes"
+    return facts, episode
+
+
+def _judge(facts: list[Facts], job: Import) -> str:
+    summary.add_disagreements(facts)
+    text, problems = summary.summarize(facts), summary.report_problems(facts)
+    if problems and not job.skip_bad:
+        raise StageError(f"{problems}\n\n{text}\n\nNothing is imported. --skip_bad leaves them out")
+    return f"{problems}\n\n{text}" if problems else text
+
+
+def _layout(config: Config) -> Layout:
+    return Layout(
+        suite=config.suite,
+        cameras=tuple(config.cameras),
+        image_size=config.image_size,
+        chunk=config.chunk,
+        action_dim=config.action_dim,
+        render_every=config.demonstrations.render_every,
+    )
+
+
+def _wanted_tasks(config: Config) -> dict[str, int] | None:
+    """Plain instruction -> number of the config's tasks; None for a suite that is no simulator's,
+    where every task is wanted."""
+    if config.suite not in SUITES:
+        return None
+    return {_plain(task_info(config.suite, t).instruction): t for t in config.tasks}
+
+
+def _plain(instruction: str) -> str:
+    return " ".join(instruction.lower().split())
+
+
+def _episodes(
+    spool: EpisodeSpool, numbers: Sequence[int], tasks: Mapping[str, int]
+) -> Iterator[Episode]:
+    for number in tqdm(numbers, desc="writing", unit="ep"):
+        episode = spool.load(_spool_name(number))
+        yield dataclasses.replace(episode, task_id=tasks[_plain(episode.instruction)])
+
+
+def _spool_name(number: int) -> str:
+    return f"{number:06d}"
+
+
+def _read_log(path: Path) -> dict[int, Facts]:
+    """What an earlier call found, by number of the entry; a line cut off by a stop is removed."""
+    if not path.exists():
+        return {}
+    lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+    path.write_text("".join(lines))
+    return {number: Facts(**facts) for number, facts in map(json.loads, lines)}

@@ -1,0 +1,235 @@
+"""Importing as a whole: what is kept, what is refused and how, and stops in between."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("h5py", reason="h5py is not installed: pip install -e '.[import]'")
+pytest.importorskip("av", reason="av is not installed: pip install -e '.[import]'")
+
+from configs import libero_long
+from experiments.import_data import main
+from mbpo_jax import pipeline
+from mbpo_jax.data.episodes import read_episodes
+from mbpo_jax.stages import import_demonstrations
+from mbpo_jax.stages.workspace import StageError
+from tests.recordings import Truth, write_lerobot, write_libero_hdf5
+
+
+@pytest.fixture
+def config():
+    """Of a robot without a simulator."""
+    config = libero_long.get_config("micro")
+    config.suite = "my_robot"
+    config.image_size = 16
+    config.chunk = 4
+    config.demonstrations.render_every = 2
+    return config
+
+
+def run(config, source, workdir, format="lerobot", **options):
+    defaults = {"map": [], "skip_bad": False, "dry_run": False}
+    return main(
+        config,
+        SimpleNamespace(**(defaults | options), format=format, source=source, workdir=workdir),
+    )
+
+
+def truths():
+    made = [Truth(14), Truth(15), Truth(16)]
+    made[1].instruction = "close the drawer"
+    return made
+
+
+def test_the_pipeline_finds_the_stage_finished(tmp_path, config, capsys):
+    source = write_lerobot(tmp_path / "set", truths())
+    run(config, source, tmp_path / "run")
+    assert "[0, 0.15]" in capsys.readouterr().out  # the range of the first action dimension
+    pipeline.run(config, tmp_path / "run", ["demonstrations"])
+    assert "finished before" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["demonstrations"]
+
+    episodes = read_episodes(tmp_path / "run/demonstrations/dataset")
+    assert [e.length for e in episodes] == [13, 14, 15]
+    assert [e.task_id for e in episodes] == [0, 1, 0]
+    assert {e.suite for e in episodes} == {"my_robot"}
+    summary = json.loads((tmp_path / "run/demonstrations/done.json").read_text())
+    assert summary["episodes"] == 3
+    assert summary["control_rate"] == 20
+    assert summary["tasks"]["1"] == {
+        "instruction": "close the drawer",
+        "successes": 1,
+        "attempts": 1,
+    }
+    config.chunk = 2
+    with pytest.raises(StageError, match="chunk: 4 there, 2 now"):
+        pipeline.run(config, tmp_path / "run", ["demonstrations"])
+
+
+def test_never_overwrites(tmp_path, config):
+    (tmp_path / "run/demonstrations").mkdir(parents=True)
+    with pytest.raises(StageError, match="demonstrations exists: delete it"):
+        run(config, write_lerobot(tmp_path / "set", truths()), tmp_path / "run")
+
+
+def test_a_stopped_import_continues(tmp_path, config, monkeypatch):
+    source = write_lerobot(tmp_path / "set", truths())
+    run(config, source, tmp_path / "uninterrupted")
+    convert, converted = import_demonstrations.convert, []
+
+    def stop_at_the_third(name, *arguments):
+        converted.append(name)
+        if len(converted) == 3:
+            raise KeyboardInterrupt
+        return convert(name, *arguments)
+
+    monkeypatch.setattr(import_demonstrations, "convert", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, source, tmp_path / "run")
+    (unfinished,) = (tmp_path / "run").iterdir()
+    assert unfinished.name.startswith(".import-")
+    with next(unfinished.rglob("episodes.jsonl")).open("a") as file:
+        file.write('[2, {"name": "episode_0000')  # stopped within a line
+    run(config, source, tmp_path / "run")
+    assert converted == [f"episode_{i:06d}" for i in (0, 1, 2, 2)]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["demonstrations"]
+    resumed, whole = (
+        read_episodes(tmp_path / name / "demonstrations/dataset")
+        for name in ("run", "uninterrupted")
+    )
+    for a, b in zip(resumed, whole, strict=True):
+        for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b)):
+            np.testing.assert_equal(x, y)
+
+
+def test_a_changed_source_is_read_anew(tmp_path, config, monkeypatch):
+    source = write_lerobot(tmp_path / "set", truths(), "v2.1")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    write = import_demonstrations.write_episodes
+    monkeypatch.setattr(import_demonstrations, "write_episodes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, source, tmp_path / "run")
+    monkeypatch.setattr(import_demonstrations, "write_episodes", write)
+    (table,) = source.rglob("episode_000000.parquet")
+    table.write_bytes(table.read_bytes()[:-30])
+    with pytest.raises(StageError, match=r"episode_000000.*truncated"):
+        run(config, source, tmp_path / "run")
+
+
+def bad_files(directory):
+    """Files of one good episode and of episodes bad in every way, with what is said of them."""
+    good, nan, short = Truth(), Truth(), Truth(4)
+    nan.actions[3:5, 2] = np.nan
+    floats = {"obs/agentview_rgb": good.images["agentview"] / 255}
+    first = {"obs/eye_in_hand_rgb": np.moveaxis(good.images["agentview"], -1, 1)}
+    wrong_size = {"actions": good.actions[:, :6]}
+    fewer = {"obs/gripper_states": good.proprio[:9, 6:]}
+    cases = {
+        "floats": (good, floats, "frames are float64, expected uint8"),
+        "first": (good, first, r"frames of shape \(3, 16, 16\) have their channels first"),
+        "integers": (good, {"actions": good.actions.astype(int)}, "actions are int64"),
+        "nan": (nan, {}, "actions are not finite at 2 steps, first at step 3"),
+        "short": (short, {}, "3 steps are shorter than a chunk of 4"),
+        "size": (good, wrong_size, "actions have 6 dimensions, the config has action_dim = 7"),
+        "rows": (good, fewer, "obs/ee_states has 14, obs/gripper_states has 9"),
+    }
+    directory.mkdir()
+    for i in range(3):
+        write_libero_hdf5(directory / f"good{i}.hdf5", [good])
+    for name, (truth, replace, _) in cases.items():
+        write_libero_hdf5(directory / f"{name}.hdf5", [truth], **replace)
+    mute = Truth()
+    mute.instruction = "  "
+    write_libero_hdf5(directory / "mute.hdf5", [mute])
+    write_libero_hdf5(directory / "fast.hdf5", [good], control_rate=50)
+    write_libero_hdf5(directory / "cut.hdf5", [good])
+    cut = directory / "cut.hdf5"
+    cut.write_bytes(cut.read_bytes()[:-500])
+    said = {name: message for name, (_, _, message) in cases.items()}
+    return said | {
+        "mute": "the instruction is empty",
+        "fast": r"control rate in Hz is 50\.0, while 3 of 4 episodes have 20\.0",
+        "cut": "cut.hdf5 is truncated",
+    }
+
+
+def test_every_problem_is_reported_and_nothing_is_left_behind(tmp_path, config):
+    said = bad_files(tmp_path / "set")
+    with pytest.raises(StageError, match=f"{len(said)} of 13 episodes are bad") as caught:
+        run(config, tmp_path / "set", tmp_path / "run", "libero_hdf5")
+    for name, message in said.items():
+        caught.match(rf"{name}\.hdf5.*: .*({message})")
+    caught.match("--skip_bad")
+    assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(StageError, match=f"{len(said)} of 13 episodes are bad"):
+        run(config, tmp_path / "set", tmp_path / "dry", "libero_hdf5", dry_run=True)
+    assert not (tmp_path / "dry").exists()
+
+
+def test_bad_episodes_can_be_skipped(tmp_path, config, capsys):
+    said = bad_files(tmp_path / "set")
+    run(config, tmp_path / "set", tmp_path / "run", "libero_hdf5", skip_bad=True)
+    assert f"13, {len(said)} bad, 3 to be imported" in capsys.readouterr().out
+    assert len(read_episodes(tmp_path / "run/demonstrations/dataset")) == 3
+    summary = json.loads((tmp_path / "run/demonstrations/done.json").read_text())
+    assert {name.split(".")[0] for name in summary["skipped"]} == said.keys()
+
+
+def test_failures_are_no_demonstrations(tmp_path, config):
+    failed = {"rewards": np.zeros(14)}
+    write_libero_hdf5(tmp_path / "won.hdf5", [Truth()])
+    source = write_libero_hdf5(tmp_path / "lost.hdf5", [Truth()], **failed)
+    run(config, tmp_path, tmp_path / "run", "libero_hdf5")
+    (episode,) = read_episodes(tmp_path / "run/demonstrations/dataset")
+    assert episode.success
+    with pytest.raises(StageError, match=r"nothing is left to import\n(.*\n)*.*1 x failures"):
+        run(config, source, tmp_path / "other", "libero_hdf5")
+
+
+def test_dry_run_draws_first_frames_and_imports_nothing(tmp_path, config):
+    from PIL import Image
+
+    source = write_lerobot(tmp_path / "set", truths())
+    text = run(config, source, tmp_path / "dry", dry_run=True)
+    for line in (
+        "3, 0 bad, 3 to be imported",
+        "1 x 'close the drawer'",
+        "13 to 15 steps, median 14",
+        "3 labelled so, 0 without a label",
+        "agentview, 16x16 (height x width)",
+        "[0, 0.15] [-0.15, 0] [0, 0]",
+        "20 Hz",
+    ):
+        assert line in text
+    (sheet,) = (tmp_path / "dry").iterdir()
+    colours = {color for _, color in Image.open(sheet).convert("RGB").getcolors(1 << 24)}
+    assert {(0, 0, 200), (255, 255, 55)} <= colours  # blue at first, and its complement
+
+
+@pytest.mark.libero
+def test_only_the_tasks_of_the_config(tmp_path, config):
+    pytest.importorskip("libero", reason="the simulator is not installed (extra: libero)")
+    config.suite = "libero_10"
+    made = truths()
+    made[0].instruction = made[0].instruction.capitalize()
+    source = write_lerobot(tmp_path / "set", made)
+    text = run(config, source, tmp_path / "dry", dry_run=True)
+    assert "1 x 'close the drawer': not among the config's tasks" in text
+    run(config, source, tmp_path / "run")
+    episodes = read_episodes(tmp_path / "run/demonstrations/dataset")
+    assert [e.task_id for e in episodes] == [5, 5]
+
+
+def test_not_a_dataset(tmp_path, config):
+    for format in import_demonstrations.FORMATS:
+        with pytest.raises(StageError, match=r"is not an? .*dataset"):
+            run(config, tmp_path, tmp_path / "run", format)
+        with pytest.raises(StageError, match="there is nothing at"):
+            run(config, tmp_path / "absent", tmp_path / "run", format)
+    assert not (tmp_path / "run").exists()
