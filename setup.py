@@ -45,6 +45,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],
     "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
 }
+EXTRAS["test"] += EXTRAS["import"]
 
 setup(
     name="mbpo_jax",
