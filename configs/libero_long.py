@@ -57,6 +57,11 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.parallel = ml_collections.ConfigDict()
     c.parallel.fsdp = 8  # devices over which large parameters are split
 
+    c.checkpoints = ml_collections.ConfigDict()
+    c.checkpoints.keep = 1  # newest training states kept, beside the best in imagination
+
+    c.profile_steps = ()  # (10, 20): trace steps 10 to 19 of each training, for TensorBoard
+
     c.pretrained = ml_collections.ConfigDict()  # empty: trained from scratch
     c.pretrained.policy = ""  # openpi's checkpoint directory
     c.pretrained.policy_tokenizer = ""  # PaliGemma's SentencePiece file
@@ -117,6 +122,7 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.rl.updates = 301
     c.rl.updates_per_refill = 50 if suite == "libero_10" else 20
     c.rl.value_recompute_every = 10
+    c.rl.checkpoint_every = 50  # updates, at least; checkpoints are made where branches are fresh
     c.rl.critic_warmup = 50 if suite == "libero_10" else 10
     c.rl.minibatch_size = 512
     c.rl.actor_lr = 5e-6
@@ -197,6 +203,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.rl.updates = 72
     c.rl.updates_per_refill = 3
     c.rl.value_recompute_every = 3
+    c.rl.checkpoint_every = 20
     c.rl.critic_warmup = 20
     c.rl.actor_lr = 4e-5
     c.rl.critic_lr = 1e-3

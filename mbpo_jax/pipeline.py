@@ -20,6 +20,7 @@ from mbpo_jax.stages.finetune_world_model import finetune_world_model
 from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.report import write_report
 from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.interruption import Interrupted, interruptible
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,14 @@ def _processor() -> str:
 
 
 def main(config: Config, workdir: str, stages: Sequence[str]) -> None:
-    """`run` for a command line: errors the user can mend are one message and exit status 1."""
+    """`run` for a command line: errors the user can mend are one message and exit status 1; SIGTERM
+    ends it with status 0 and nothing lost."""
     try:
-        run(config, Path(workdir), stages)
+        with interruptible():
+            run(config, Path(workdir), stages)
+    except Interrupted as interruption:
+        print(f"{interruption.message}. The same command continues in {workdir}", flush=True)
+        raise
     except (StageError, ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

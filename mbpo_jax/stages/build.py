@@ -2,10 +2,12 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 
 from mbpo_jax.data.normalization import read_norm_stats
 from mbpo_jax.data.pipelines import ObservationBuilder
@@ -13,8 +15,9 @@ from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, Qwen
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.stages.workspace import config_entries
 from mbpo_jax.training.checkpoints import load_params
-from mbpo_jax.types import Params
+from mbpo_jax.types import Array, Params
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.umm_world import UMMWorld
 
@@ -80,6 +83,17 @@ def build_world_model(config: Config) -> UMMWorld:
         chunk=config.chunk,
         tokenizer=world_tokenizer(config),
     )
+
+
+def checkpoint_origin(
+    config: Config, sections: Sequence[str], normalization: Mapping[str, Mapping[str, Array]]
+) -> dict:
+    """What the checkpoints of a training depend on (see `Checkpoints`): config entries of the given
+    sections and the statistics that its model normalises with."""
+    return {
+        "config": config_entries(config, sections),
+        "normalization": jax.tree.map(lambda x: np.asarray(x).tolist(), normalization),
+    }
 
 
 def abstract_params(model) -> Params:

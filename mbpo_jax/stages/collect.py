@@ -1,5 +1,6 @@
 """Stages `demonstrations` and `rollouts`: episodes from the simulator into a dataset."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,7 +31,6 @@ def collect_demonstrations(workspace: Workspace, directory: Path) -> dict:
         StageError: when the expert fails too often to reach that number.
     """
     config = workspace.config
-    section = config.demonstrations
     spool = EpisodeSpool(directory / "spool")
     with make_pool(config) as pool:
         for task in config.tasks:
@@ -38,7 +38,7 @@ def collect_demonstrations(workspace: Workspace, directory: Path) -> dict:
         restarts = pool.restarts
     episodes, attempts, per_task = [], 0, {}
     for task in config.tasks:
-        tried, kept = _first_successes(spool, task, section.episodes_per_task)
+        tried, kept = _first_successes(config, spool, task)
         episodes += kept
         attempts += tried
         per_task[str(task)] = {
@@ -62,7 +62,7 @@ def _demonstrate_task(config: Config, pool: EnvPool, spool: EpisodeSpool, task: 
     wanted = config.demonstrations.episodes_per_task
     with tqdm(total=wanted, desc=f"demonstrations, task {task}", unit="ep") as bar:
         while True:
-            tried, kept = _first_successes(spool, task, wanted)
+            tried, kept = _first_successes(config, spool, task)
             bar.update(len(kept) - bar.n)
             if len(kept) == wanted:
                 return
@@ -72,36 +72,38 @@ def _demonstrate_task(config: Config, pool: EnvPool, spool: EpisodeSpool, task: 
                     f"task {task} of {config.suite}; choose other tasks (--config.tasks) or import "
                     "demonstrations"
                 )
-            requests = [
-                EpisodeRequest(
-                    task_id=task,
-                    seed=_reset_seed(config, tried + i),
-                    max_steps=config.max_steps,
-                    action_noise=tuple(config.demonstrations.action_noise),
-                    render_every=config.demonstrations.render_every,
-                )
-                for i in range(wanted - len(kept))
-            ]
+            requests = [_demonstration(config, task, tried + i) for i in range(wanted - len(kept))]
             missing = [r for r in requests if _name(r) not in set(spool.names())]
             for result in pool.expert_episodes(missing):
                 spool.add(_name(result.request), result.episode)
                 bar.update(int(result.episode.success))
 
 
-def _first_successes(spool: EpisodeSpool, task: int, wanted: int) -> tuple[int, list[Episode]]:
-    """Episodes tried until `wanted` successes were reached, and those, in the order of seeds."""
+def _demonstration(config: Config, task: int, number: int) -> EpisodeRequest:
+    return EpisodeRequest(
+        task_id=task,
+        seed=_reset_seed(config, number),
+        max_steps=config.max_steps,
+        action_noise=tuple(config.demonstrations.action_noise),
+        render_every=config.demonstrations.render_every,
+    )
+
+
+def _first_successes(config: Config, spool: EpisodeSpool, task: int) -> tuple[int, list[Episode]]:
+    """Episodes tried until enough successes were reached, and those, in the order of seeds.
+
+    Episodes finish in any order; those behind a seed that has not finished do not count yet, so
+    that a stopped collection goes on to the same episodes.
+    """
     kept: list[Episode] = []
-    tried = 0
-    for name in spool.names():
-        if not name.startswith(f"task{task:03d}_"):
-            continue
-        tried += 1
+    finished = set(spool.names())
+    for number in itertools.count():
+        name = _name(_demonstration(config, task, number))
+        if name not in finished or len(kept) == config.demonstrations.episodes_per_task:
+            return number, kept
         episode = spool.load(name)
         if episode.success:
             kept.append(episode)
-        if len(kept) == wanted:
-            break
-    return tried, kept
 
 
 def collect_rollouts(workspace: Workspace, directory: Path) -> dict:

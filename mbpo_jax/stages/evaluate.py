@@ -15,6 +15,7 @@ from mbpo_jax.stages.build import Config, load_policy
 from mbpo_jax.stages.collect import batched_act, make_pool, progress
 from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
 from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.metrics import continue_records, read_metrics
 from mbpo_jax.types import Params
 
 VIDEO_FPS = 5  # every fourth step of a 20 Hz robot
@@ -35,13 +36,14 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
             started = time.monotonic()
             _run(config, pool, policy, params, requests, path, name)
             seconds = time.monotonic() - started
-            results[name] = summarize(_read(path), config.tasks) | {"minutes": seconds / 60}
+            results[name] = summarize(read_metrics(path), config.tasks) | {"minutes": seconds / 60}
         videos = _film(config, pool, policy, params, requests, directory)
         restarts = pool.restarts
     return {
         "policies": results,
         "paired": paired_comparison(
-            _read(directory / "episodes_sft.jsonl"), _read(directory / "episodes_improved.jsonl")
+            read_metrics(directory / "episodes_sft.jsonl"),
+            read_metrics(directory / "episodes_improved.jsonl"),
         ),
         "videos": videos,
         "worker_restarts": restarts,
@@ -77,10 +79,11 @@ def _run(
     name: str,
 ) -> None:
     """Appends a line per finished episode, so that a killed evaluation continues."""
-    finished = {(r["task"], r["init_state"]) for r in _read(path)}
+    records = read_metrics(path)
+    finished = {(r["task"], r["init_state"]) for r in records}
     missing = [r for r in requests if (r.task_id, r.init_state_id) not in finished]
     act = batched_act(config, policy, params)
-    with path.open("a") as file:
+    with continue_records(path, records) as file:
         results = pool.policy_episodes(missing, act, source=name)
         for result in progress(results, f"evaluation, {name} policy", len(missing)):
             record = {
@@ -92,13 +95,6 @@ def _run(
                 "seconds": result.seconds,
             }
             file.write(json.dumps(record) + "\n")
-            file.flush()
-
-
-def _read(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
 def summarize(episodes: list[dict], tasks) -> dict:
@@ -153,7 +149,7 @@ def _film(
 ) -> dict:
     """Repeats the improved policy's first success and first failure with the camera on."""
     episodes = {
-        (e["task"], e["init_state"]): e for e in _read(directory / "episodes_improved.jsonl")
+        (e["task"], e["init_state"]): e for e in read_metrics(directory / "episodes_improved.jsonl")
     }
     videos = {}
     for kind, wanted in (("success", True), ("failure", False)):

@@ -10,7 +10,7 @@ from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
 from mbpo_jax.data.pipelines import batches, demonstrations
 from mbpo_jax.policy.checkpoint import load_openpi
-from mbpo_jax.stages.build import build_policy, observation_builder
+from mbpo_jax.stages.build import build_policy, checkpoint_origin, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import fit
@@ -56,6 +56,11 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
         mesh=make_mesh(config.parallel.fsdp),
         seed=config.seed,
         name="policy fine-tuning",
+        keep=config.checkpoints.keep,
+        origin=checkpoint_origin(
+            config, ["policy", "sft"], {name: vars(x) for name, x in stats.items()}
+        ),
+        profile_steps=config.profile_steps,
         trainable=policy.trainable(params)["actor"],
         **section,
     )

@@ -20,7 +20,7 @@ from mbpo_jax.data.pipelines import (
     transitions,
 )
 from mbpo_jax.episode import Episode
-from mbpo_jax.stages.build import Config, build_world_model, observation_builder
+from mbpo_jax.stages.build import Config, build_world_model, checkpoint_origin, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import fit
@@ -139,6 +139,9 @@ def _train_vae(
         mesh=make_mesh(config.parallel.fsdp),
         seed=config.seed + 1,
         name="image autoencoder",
+        keep=config.checkpoints.keep,
+        origin=checkpoint_origin(config, ["world_model"], {}),
+        profile_steps=config.profile_steps,
         **section,
     )
     return {**params, "vae": vae}
@@ -193,6 +196,9 @@ def train_dynamics(
         mesh=make_mesh(config.parallel.fsdp),
         seed=config.seed + 2,
         name="world model",
+        keep=config.checkpoints.keep,
+        origin=checkpoint_origin(config, ["world_model"], params["statistics"]),
+        profile_steps=config.profile_steps,
         **section.training.to_dict(),
     )
     return {**jax.device_get(frozen), **jax.device_get(trained)}

@@ -1,10 +1,12 @@
 """Stage `improve`: PPO on branches imagined by the world model."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mbpo_jax.data.normalization import read_norm_stats
@@ -17,13 +19,22 @@ from mbpo_jax.stages.build import (
     abstract_params,
     build_policy,
     build_world_model,
+    checkpoint_origin,
     observation_builder,
 )
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import Checkpoints, load_params, save_params
+from mbpo_jax.training.interruption import Interrupted, deferred
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
-from mbpo_jax.training.sharding import make_mesh, parameter_sharding, shard_batch
+from mbpo_jax.training.nonfinite import NonFiniteGuard, skip_nonfinite
+from mbpo_jax.training.profiling import StepProfiler
+from mbpo_jax.training.sharding import (
+    batch_sharding,
+    make_mesh,
+    parameter_sharding,
+    shard_batch,
+)
 from mbpo_jax.types import Array, Branch, Params, Policy, WorldModel
 
 
@@ -33,7 +44,8 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
     workspace.require("sft")
     workspace.require("world_model")
     sft = workspace.directory("sft")
-    policy = build_policy(config, read_norm_stats(sft / "norm_stats.json"))
+    stats = read_norm_stats(sft / "norm_stats.json")
+    policy = build_policy(config, stats)
     world = build_world_model(config)
     params = load_params(sft / "policy", abstract_params(policy))
     world_params = load_params(
@@ -56,6 +68,9 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
         world_params,
         starts,
         directory=directory,
+        origin=checkpoint_origin(
+            config, ["policy", "rl"], {name: vars(x) for name, x in stats.items()}
+        ),
         trainable=policy.trainable(params)["actor"],
     )
     save_params(directory / "policy", improved)
@@ -79,19 +94,29 @@ def optimize_policy(
     starts: Source,
     *,
     directory: Path,
+    origin: Mapping[str, Any] | None = None,
     trainable: Params | None = None,
 ) -> Params:
     """The loop of the method: refill a buffer of imagined branches, then clipped updates on it.
 
-    Resumable at refills: the buffer is a function of the parameters and the update's number.
+    A run that is killed continues in `directory` from its last checkpoint, state and buffer, and
+    ends with the same parameters and metrics. Beside the newest checkpoints stays the one of the
+    highest imagined success. An update with numbers that are not finite changes nothing and is
+    counted in the metric `skipped`.
 
     Args:
         starts: the observations that branches may start from.
         directory: receives metrics and checkpoints.
+        origin: of the checkpoints, see `Checkpoints`; the seed is added.
         trainable: which of the actor's parameters move (see `PPO`).
 
     Returns:
         the improved {"actor", "critic"} parameters.
+
+    Raises:
+        FloatingPointError: three updates in a row were not finite; see `NonFiniteGuard`.
+        Interrupted: SIGTERM came; the state is saved.
+        OSError: a checkpoint cannot be written; earlier ones are kept.
     """
     rl = config.rl
     mesh = make_mesh(config.parallel.fsdp)
@@ -111,40 +136,68 @@ def optimize_policy(
     state = jax.device_put(state, parameter_sharding(state, mesh))
     world_params = jax.device_put(world_params, parameter_sharding(world_params, mesh))
     refill, revalue, update = _programs(config, policy, world, ppo)
-    checkpoints = Checkpoints(directory / "checkpoints")
-    if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state)
-    first = int(state.step)
     key = jax.random.key(config.seed + 4)
-    with MetricWriter(directory, first_step=first) as writer:
-        bar = tqdm(range(first, rl.updates), desc="policy optimisation", initial=first)
-        bar.total = rl.updates
-        for i in bar:
-            scalars = {}
-            if i % rl.updates_per_refill == 0:
-                if i > first:
-                    checkpoints.save(i, state)
-                start = next(
-                    batches(
-                        starts,
-                        rl.start_states,
-                        config.seed + 5,
-                        start_step=i // rl.updates_per_refill,
-                    )
-                )
-                start = shard_batch(start, mesh)
-                branch = refill(state.params, world_params, start, jax.random.fold_in(key, i))
-                scalars |= _branch_metrics(branch)
-            elif i % rl.value_recompute_every == 0:
-                branch = revalue(state.params, branch)
-            state, metrics = update(state, branch, jax.random.fold_in(key, 2 * rl.updates + i))
-            scalars |= {k: float(v) for k, v in jax.device_get(metrics).items()}
-            _require_finite(scalars, i)
-            writer.write(i, scalars)
-            bar.set_postfix(
-                kl=f"{scalars['approx_kl']:.4f}", value_error=f"{scalars['value_error']:.3f}"
+
+    def starts_at(i: int):
+        drawn = batches(
+            starts, rl.start_states, config.seed + 5, start_step=i // rl.updates_per_refill
+        )
+        return shard_batch(next(drawn), mesh)
+
+    with (
+        deferred() as asked_to_stop,
+        Checkpoints(
+            directory / "checkpoints",
+            {**(origin or {}), "seed": config.seed},
+            config.checkpoints.keep,
+            best="imagined_success",
+        ) as checkpoints,
+        StepProfiler(directory, config.profile_steps) as profiler,
+    ):
+        progress: dict = {"skipped_in_a_row": 0}
+        if checkpoints.latest_step() is not None:
+            shapes = jax.eval_shape(refill, state.params, world_params, starts_at(0), key)
+            branch = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                shapes,
+                _branch_sharding(shapes, mesh),
             )
-    checkpoints.close()
+            like = {"state": state, "branch": branch}
+            restored, progress = checkpoints.restore(like)
+            state, branch = restored["state"], restored["branch"]
+        first = saved = int(state.step)
+        guard = NonFiniteGuard(directory, "policy optimisation", progress["skipped_in_a_row"])
+        with MetricWriter(directory, first_step=first) as writer:
+            bar = tqdm(range(first, rl.updates), desc="policy optimisation", initial=first)
+            bar.total = rl.updates
+            for i in bar:
+                scalars, imagined = {}, None
+                profiler.before(i)
+                if i % rl.updates_per_refill == 0:
+                    fresh = jax.random.fold_in(key, i)
+                    branch = refill(state.params, world_params, starts_at(i), fresh)
+                    branch = jax.device_put(branch, _branch_sharding(branch, mesh))
+                    scalars |= (imagined := _branch_metrics(branch))
+                elif i % rl.value_recompute_every == 0:
+                    branch = revalue(state.params, branch)
+                stop = asked_to_stop()
+                if stop or (imagined and i - saved >= rl.checkpoint_every):
+                    # Either is done again from this state, with the same result.
+                    progress = {"skipped_in_a_row": guard.in_a_row}
+                    checkpoints.save(i, {"state": state, "branch": branch}, progress, imagined)
+                    saved = i
+                if stop:
+                    checkpoints.wait()
+                    raise Interrupted(f"policy optimisation: stopped by SIGTERM, saved at {i}")
+                state, metrics = update(state, branch, jax.random.fold_in(key, 2 * rl.updates + i))
+                profiler.after(i, state)
+                guard.add(i, branch, metrics["skipped"])
+                scalars |= {k: float(v) for k, v in jax.device_get(metrics).items()}
+                writer.write(i, scalars)
+                guard.settle()
+                bar.set_postfix(
+                    kl=f"{scalars['approx_kl']:.4f}", value_error=f"{scalars['value_error']:.3f}"
+                )
     return state.params
 
 
@@ -177,12 +230,23 @@ def _programs(config: Config, policy: Policy, world: WorldModel, ppo: PPO):
         return recompute_values(policy, params, branch, rl.imagination_batch)
 
     @jax.jit
+    @skip_nonfinite
     def update(state: PPOState, branch: Branch, key) -> tuple[PPOState, dict[str, Array]]:
         batch = learning_batch(branch, discount, rl.gae_lambda, rl.normalize_advantages)
         rows = jax.random.permutation(key, chunks)[:minibatch]
         return ppo.update(state, jax.tree.map(lambda x: x[rows], batch))
 
     return refill, revalue, update
+
+
+def _branch_sharding(branch: Branch, mesh: Mesh) -> Branch:
+    """Branches split over all devices: the second axis, or the first after the last chunk."""
+    branches = batch_sharding(mesh)
+    chunks = NamedSharding(mesh, PartitionSpec(None, *branches.spec))
+    return jax.tree.map(lambda _: chunks, branch).replace(
+        last_observation=jax.tree.map(lambda _: branches, branch.last_observation),
+        bootstrap_value=branches,
+    )
 
 
 @jax.jit
@@ -198,12 +262,3 @@ def _branch_statistics(branch: Branch) -> dict[str, Array]:
 
 def _branch_metrics(branch: Branch) -> dict[str, float]:
     return {k: float(v) for k, v in jax.device_get(_branch_statistics(branch)).items()}
-
-
-def _require_finite(scalars: dict[str, float], update: int) -> None:
-    broken = [k for k, v in scalars.items() if not np.isfinite(v)]
-    if broken:
-        raise FloatingPointError(
-            f"policy optimisation: {', '.join(broken)} not finite at update {update}; the last "
-            "checkpoint is intact. Lower rl.actor_lr or rl.critic_lr"
-        )

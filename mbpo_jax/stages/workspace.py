@@ -7,6 +7,8 @@ from pathlib import Path
 
 import ml_collections
 
+from mbpo_jax.training.checkpoints import differences, flat_entries
+
 MIN_FREE_BYTES = 2 * 2**30
 
 
@@ -68,7 +70,7 @@ class Workspace:
         self.check(stage, sections)
         path = directory / "config.json"
         if not path.exists():
-            _write_json(path, self._section_values(sections))
+            _write_json(path, config_entries(self.config, sections))
         return directory
 
     def check(self, stage: str, sections: Sequence[str]) -> None:
@@ -76,16 +78,12 @@ class Workspace:
         path = self.directory(stage) / "config.json"
         if not path.exists():
             return
-        before, now = json.loads(path.read_text()), self._section_values(sections)
-        differences = [
-            f"  {key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key, "absent") != now.get(key, "absent")
-        ]
-        if differences:
+        before, now = json.loads(path.read_text()), config_entries(self.config, sections)
+        changes = differences(before, now)
+        if changes:
             raise StageError(
                 f"{self.directory(stage)} was made with another config:\n"
-                + "\n".join(differences)
+                + "\n".join(changes)
                 + f"\nUse another --workdir, restore these values, or delete {stage} and the "
                 "stages after it there to run them again"
             )
@@ -93,20 +91,11 @@ class Workspace:
     def finish(self, stage: str, summary: dict) -> None:
         _write_json(self.directory(stage) / "done.json", summary)
 
-    def _section_values(self, sections: Sequence[str]) -> dict:
-        values = json.loads(self.config.to_json_best_effort())
-        flat: dict = {}
-        for section in sections:
-            _flatten(section, values[section], flat)
-        return flat
 
-
-def _flatten(prefix: str, value, into: dict) -> None:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            _flatten(f"{prefix}.{key}", child, into)
-    else:
-        into[prefix] = value
+def config_entries(config: ml_collections.ConfigDict, sections: Sequence[str]) -> dict:
+    """The entries of some sections of a config under dotted names, as JSON has them."""
+    values = json.loads(config.to_json_best_effort())
+    return flat_entries({section: values[section] for section in sections})
 
 
 def _write_json(path: Path, value: dict) -> None:

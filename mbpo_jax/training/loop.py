@@ -1,6 +1,6 @@
 """Supervised training: a state, one jitted step, and a loop that survives a kill."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mbpo_jax.training.checkpoints import Checkpoints
+from mbpo_jax.training.interruption import Interrupted, deferred
 from mbpo_jax.training.metrics import MetricWriter
+from mbpo_jax.training.nonfinite import NonFiniteGuard, skip_nonfinite
+from mbpo_jax.training.profiling import StepProfiler
 from mbpo_jax.training.sharding import parameter_sharding, shard_batch
 from mbpo_jax.types import Array, Params
 
@@ -95,13 +98,17 @@ def fit(
     ema_decay: float,
     log_every: int,
     checkpoint_every: int,
+    keep: int = 1,
+    origin: Mapping[str, Any] | None = None,
+    profile_steps: Sequence[int] = (),
     trainable: Params | None = None,
 ) -> Params:
     """Trains `params` for `steps` steps and returns their exponential moving average.
 
     Step i uses the i-th batch and the key `fold_in(key(seed), i)`; therefore a run that is killed
     and started again in the same `directory` continues from its last checkpoint and ends with
-    the same parameters.
+    the same parameters and metrics. A step whose loss or gradient is not finite changes nothing
+    and is counted in the metric `skipped`.
 
     Args:
         loss_fn: `(params, frozen, batch, key) -> (scalar loss, metrics)`.
@@ -109,10 +116,14 @@ def fit(
         batches: `batches(i)` yields the host batches of steps i, i + 1, ...
         directory: receives `checkpoints/` and the metrics.
         name: what the progress bar says.
+        keep, origin: of the checkpoints, see `Checkpoints`; the seed is added to the origin.
+        profile_steps: see `StepProfiler`.
         trainable: tree of bools like `params`, False where the loss stops the gradient.
 
     Raises:
-        FloatingPointError: when the loss is not finite; earlier checkpoints are kept.
+        FloatingPointError: three steps in a row were not finite; see `NonFiniteGuard`.
+        Interrupted: SIGTERM came; the state is saved.
+        OSError: a checkpoint cannot be written; earlier ones are kept.
     """
     tx = make_optimizer(
         learning_rate=learning_rate,
@@ -128,37 +139,55 @@ def fit(
     )
     state = jax.device_put(state, parameter_sharding(state, mesh))
     frozen = jax.device_put(frozen, parameter_sharding(frozen, mesh))
-    step_fn = jax.jit(train_step(loss_fn, tx, ema_decay), donate_argnums=0)
-    checkpoints = Checkpoints(Path(directory) / "checkpoints")
-    if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state)
-    first = int(state.step)
+    step_fn = jax.jit(skip_nonfinite(train_step(loss_fn, tx, ema_decay)), donate_argnums=0)
     base_key = jax.random.key(seed)
-    pending: list[dict[str, Array]] = []
-    with MetricWriter(directory, first_step=first + 1) as writer:
+    with (
+        deferred() as asked_to_stop,
+        Checkpoints(
+            Path(directory) / "checkpoints", {**(origin or {}), "seed": seed}, keep
+        ) as checkpoints,
+        StepProfiler(directory, profile_steps) as profiler,
+    ):
+        progress: dict = {"window": [], "skipped_in_a_row": 0}
+        if checkpoints.latest_step() is not None:
+            state, progress = checkpoints.restore(state)
+        first, window = int(state.step), progress["window"]
+        guard = NonFiniteGuard(directory, name, progress["skipped_in_a_row"])
         stream = batches(first)
-        for i in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps)):
-            batch = shard_batch(next(stream), mesh)
-            state, metrics = step_fn(state, frozen, batch, jax.random.fold_in(base_key, i))
-            pending.append(metrics)
-            done = i + 1
-            if done % log_every == 0 or done == steps:
-                means = _mean_metrics(pending)
-                pending = []
-                if not np.isfinite(means["loss"]):
-                    raise FloatingPointError(
-                        f"{name}: the loss is {means['loss']} at step {done}; the last checkpoint "
-                        f"in {directory} is intact. Lower the learning rate or look at the data."
-                    )
-                writer.write(done, means)
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
-            if done % checkpoint_every == 0 or done == steps:
-                checkpoints.save(done, state)
-                pending = []
-    checkpoints.close()
+        with MetricWriter(directory, first_step=first + 1) as writer:
+            for i in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps)):
+                batch = next(stream)
+                profiler.before(i)
+                key = jax.random.fold_in(base_key, i)
+                state, metrics = step_fn(state, frozen, shard_batch(batch, mesh), key)
+                profiler.after(i, state)
+                guard.add(i, batch, metrics["skipped"])
+                window.append(metrics)
+                done = i + 1
+                if done % log_every == 0 or done == steps:
+                    means = _mean_metrics(window)
+                    window = []
+                    writer.write(done, means)
+                    bar.set_postfix(loss=f"{means['loss']:.4f}")
+                stop = asked_to_stop()
+                if done % checkpoint_every == 0 or done == steps or stop:
+                    guard.settle()
+                    window = _on_host(window)
+                    progress = {"window": window, "skipped_in_a_row": guard.in_a_row}
+                    checkpoints.save(done, state, progress)
+                if stop and done < steps:
+                    checkpoints.wait()
+                    raise Interrupted(f"{name}: stopped by SIGTERM and saved after step {done}")
     return state.ema
 
 
-def _mean_metrics(pending: list[dict[str, Array]]) -> dict[str, float]:
-    host = jax.device_get(pending)
-    return {k: float(np.mean([m[k] for m in host])) for k in host[0]}
+def _on_host(window: list[dict[str, Array]]) -> list[dict[str, float]]:
+    return [{k: float(v) for k, v in metrics.items()} for metrics in jax.device_get(window)]
+
+
+def _mean_metrics(window: list[dict[str, Array]]) -> dict[str, float]:
+    """Means over the steps that were not skipped (all, if all were), and how many were."""
+    rows = _on_host(window)
+    taken = [row for row in rows if not row["skipped"]] or rows
+    means = {k: float(np.mean([row[k] for row in taken])) for k in rows[0]}
+    return means | {"skipped": sum(row["skipped"] for row in rows)}

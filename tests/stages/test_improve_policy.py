@@ -1,3 +1,5 @@
+import signal
+
 import jax
 import ml_collections
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 
 from mbpo_jax.data.pipelines import Source
 from mbpo_jax.stages.improve_policy import optimize_policy
-from mbpo_jax.training.metrics import read_metrics
+from mbpo_jax.training.interruption import Interrupted
+from mbpo_jax.training.metrics import MetricWriter, read_metrics
 from tests.toy import ToyPolicy, ToyWorld, observation
 
 
@@ -31,6 +34,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "updates": 60,
         "updates_per_refill": 5,
         "value_recompute_every": 2,
+        "checkpoint_every": 5,
         "critic_warmup": 5,
         "minibatch_size": 32,
         "actor_lr": 2e-2,
@@ -42,14 +46,27 @@ def config(**changes) -> ml_collections.ConfigDict:
         "huber_delta": 10.0,
     }
     return ml_collections.ConfigDict(
-        {"seed": 0, "chunk": 2, "parallel": {"fsdp": 1}, "rl": {**rl, **changes}}
+        {
+            "seed": 0,
+            "chunk": 2,
+            "parallel": {"fsdp": 1},
+            "checkpoints": {"keep": 1},
+            "profile_steps": (),
+            "rl": {**rl, **changes},
+        }
     )
 
 
-def optimize(directory, **changes):
+def optimize(directory, record=start_at, **changes):
     policy = ToyPolicy()
     return optimize_policy(
-        config(**changes), policy, ToyWorld(), policy.init(), {}, starts(), directory=directory
+        config(**changes),
+        policy,
+        ToyWorld(),
+        policy.init(),
+        {},
+        starts(record),
+        directory=directory,
     )
 
 
@@ -83,19 +100,38 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
             raise Killed
         return start_at(i, frame)
 
-    policy = ToyPolicy()
     with pytest.raises(Killed):
-        optimize_policy(
-            config(updates=15),
-            policy,
-            ToyWorld(),
-            policy.init(),
-            {},
-            starts(dying_at_the_third_refill),
-            directory=tmp_path / "killed",
-        )
+        optimize(tmp_path / "killed", dying_at_the_third_refill, updates=15)
     resumed = optimize(tmp_path / "killed", updates=15)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     assert read_metrics(tmp_path / "whole/metrics.jsonl") == read_metrics(
         tmp_path / "killed/metrics.jsonl"
     )
+
+
+def test_sigterm_between_refills_saves_the_buffer_too(tmp_path, monkeypatch):
+    whole = optimize(tmp_path / "whole", updates=15)
+    write = MetricWriter.write
+
+    def write_and_stop(self, step, scalars):
+        write(self, step, scalars)
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricWriter, "write", write_and_stop)
+        with pytest.raises(Interrupted) as exit_:
+            optimize(tmp_path / "stopped", updates=15)
+    assert "saved at 8" in exit_.value.message
+    resumed = optimize(tmp_path / "stopped", updates=15)
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert read_metrics(tmp_path / "whole/metrics.jsonl") == read_metrics(
+        tmp_path / "stopped/metrics.jsonl"
+    )
+
+
+def test_three_updates_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*step 2\."):
+        optimize(tmp_path, huber_delta=np.nan)
+    with np.load(tmp_path / "nonfinite_batch_step2.npz") as file:
+        assert "value" in file.files

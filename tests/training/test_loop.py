@@ -1,9 +1,11 @@
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.training.checkpoints import load_params, save_params
+from mbpo_jax.training.interruption import Interrupted
 from mbpo_jax.training.loop import fit
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
 from mbpo_jax.training.sharding import make_mesh, shard_batch
@@ -39,12 +41,12 @@ OPTIONS = {
 }
 
 
-def train(directory, last=10**9, **changes):
+def train(directory, last=10**9, make_batches=None, **changes):
     return fit(
         loss_fn,
         {"w": jnp.zeros(3)},
         {"slope": jnp.asarray(2.0)},
-        batches_dying_at(last),
+        make_batches or batches_dying_at(last),
         directory=directory,
         mesh=make_mesh(),
         seed=3,
@@ -91,39 +93,85 @@ def test_resume_equals_uninterrupted(tmp_path):
     )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    def broken(first):
-        while True:
-            yield np.full((8, 3), np.nan, np.float32)
+def asked_to_stop_at(*steps):
+    """Batches that send this process a SIGTERM while those of `steps` are made."""
 
-    with pytest.raises(FloatingPointError, match="loss is nan at step 4"):
-        fit(
-            loss_fn,
-            {"w": jnp.zeros(3)},
-            {"slope": jnp.asarray(2.0)},
-            broken,
-            directory=tmp_path,
-            mesh=make_mesh(),
-            seed=0,
-            name="test",
-            steps=8,
-            learning_rate=0.1,
-            warmup_steps=1,
-            weight_decay=0.0,
-            grad_clip=1.0,
-            ema_decay=0.9,
-            log_every=4,
-            checkpoint_every=100,
-        )
+    def batches(first):
+        for i, batch in enumerate(batches_dying_at(10**9)(first), start=first):
+            if i in steps:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    return batches
 
 
-def test_parameters_round_trip(tmp_path):
-    params = {"a": {"b": jnp.arange(6.0).reshape(2, 3)}, "c": jnp.ones(2, jnp.int32)}
-    save_params(tmp_path / "p", params)
-    again = load_params(tmp_path / "p", jax.tree.map(jnp.zeros_like, params))
-    jax.tree.map(np.testing.assert_array_equal, params, again)
-    with pytest.raises(FileNotFoundError, match="run the stage"):
-        load_params(tmp_path / "absent", params)
+def test_sigterm_saves_within_a_logging_window_and_exits_with_status_0(tmp_path):
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Interrupted) as exit_:
+        train(tmp_path / "stopped", make_batches=asked_to_stop_at(13))
+    assert "saved after step 14" in exit_.value.message
+    assert exit_.value.code == 0
+    resumed = train(tmp_path / "stopped", make_batches=batches_from(14))
+    np.testing.assert_array_equal(whole["w"], resumed["w"])
+    assert read_metrics(tmp_path / "whole/metrics.jsonl") == read_metrics(
+        tmp_path / "stopped/metrics.jsonl"
+    )
+
+
+def test_sigterm_at_the_last_step_is_not_forgotten(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, make_batches=asked_to_stop_at(39))
+    train(tmp_path, make_batches=batches_from(40))
+
+
+def batches_from(expected):
+    """Refuses to begin anywhere else, so that a resumed run repeats no step."""
+
+    def batches(first):
+        assert first == expected
+        return batches_dying_at(10**9)(first)
+
+    return batches
+
+
+def broken_at(*steps):
+    def batches(first):
+        for i, batch in enumerate(batches_dying_at(10**9)(first), start=first):
+            yield batch * np.float32(np.nan) if i in steps else batch
+
+    return batches
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+    train(tmp_path, make_batches=broken_at(4, 5, 7, 38), steps=4, checkpoint_every=4)
+    before = train(tmp_path, steps=4, make_batches=broken_at())
+    after = train(tmp_path, steps=6, make_batches=broken_at(4, 5, 7, 38))
+    np.testing.assert_array_equal(before["w"], after["w"])
+    train(tmp_path, make_batches=broken_at(4, 5, 7, 38))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["skipped"] for row in rows if row["step"] != 6] == [0, 1, *[0] * 7, 1]
+    assert all(np.isfinite(row["loss"]) for row in rows if row["step"] != 6)
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*step 12.*good.*batch_step12"):
+        train(tmp_path, make_batches=broken_at(8, 10, 11, 12))
+    with np.load(tmp_path / "nonfinite_batch_step12.npz") as file:
+        (saved,) = (file[name] for name in file.files)
+    assert saved.shape == (8, 3)
+    assert np.isnan(saved).all()
+    # The last checkpoint (step 10, whose step 10 is next) leads to the same end, not past it.
+    with pytest.raises(FloatingPointError, match="step 12"):
+        train(tmp_path, make_batches=broken_at(8, 10, 11, 12))
+    train(tmp_path, make_batches=batches_from(10))
+
+
+def test_a_trace_of_the_asked_steps_is_written(tmp_path):
+    train(tmp_path, steps=6, profile_steps=(2, 4))
+    (trace,) = (tmp_path / "tensorboard/plugins/profile").glob("*/*.xplane.pb")
+    assert trace.stat().st_size > 0
+    with pytest.raises(ValueError, match=r"not \(4, 2\)"):
+        train(tmp_path, profile_steps=(4, 2))
 
 
 def test_records_of_a_killed_run_are_dropped(tmp_path):

@@ -1,0 +1,55 @@
+"""SIGTERM, as preemptible machines send it: keep what there is, say so, and exit with status 0."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+
+class Interrupted(SystemExit):
+    """The process was asked to end and nothing is lost; uncaught, it ends with status 0."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM raises `Interrupted` in the main thread, wherever that is.
+
+    For work that is safe to leave anywhere because its results appear on disk one by one and
+    complete, as collected episodes do.
+    """
+
+    def leave(*_):
+        raise Interrupted("stopped by SIGTERM; what was finished is kept")
+
+    with _handler(leave):
+        yield
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """SIGTERM is only noted; the yielded function says whether it came.
+
+    For loops that must finish a step and save before they raise `Interrupted` themselves. One that
+    came too late for that is raised at the end.
+    """
+    noted = threading.Event()
+    with _handler(lambda *_: noted.set()):
+        yield noted.is_set
+    if noted.is_set():
+        raise Interrupted("stopped by SIGTERM after the last step; everything is saved")
+
+
+@contextlib.contextmanager
+def _handler(handler) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may have handlers, and only it receives signals
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
