@@ -6,8 +6,8 @@ from configs import libero_long
 
 
 def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
-    """The locked config of a variant; `micro` runs task 0."""
+    """The locked config of a variant; `tiny` and `micro` run task 0."""
     config = libero_long.get_config(variant, suite="libero_goal")
-    if variant == "micro":
+    if variant in ("tiny", "micro"):
         config.tasks = (0,)
     return config

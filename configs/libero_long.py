@@ -2,6 +2,7 @@
 
 Variants, chosen as `--config=configs/libero_long.py:NAME`:
 
+    tiny    one of everything, untrained: for tests of the machinery.
     micro   2 CPU cores, 24 GiB; everything from scratch; task 5.
     small   one GPU; from scratch; all ten tasks.
     paper   8 x H100; public π0.5 and BAGEL checkpoints by path (`--config.pretrained.policy=DIR
@@ -19,7 +20,7 @@ import ml_collections
 from mbpo_jax.policy import config as policy_config
 from mbpo_jax.world_model import config as world_config
 
-VARIANTS = ("micro", "small", "paper")
+VARIANTS = ("tiny", "micro", "small", "paper")
 
 
 def get_config(variant: str = "micro", suite: str = "libero_10") -> ml_collections.ConfigDict:
@@ -35,9 +36,11 @@ def get_config(variant: str = "micro", suite: str = "libero_10") -> ml_collectio
             + ", ".join(VARIANTS)
         )
     config = _paper(suite)
-    if variant == "micro":
+    if variant in ("tiny", "micro"):
         _make_micro(config)
-    elif variant == "small":
+    if variant == "tiny":
+        _make_tiny(config)
+    if variant == "small":
         _make_small(config)
     return config.lock()
 
@@ -207,6 +210,29 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.rl.critic_warmup = 20
     c.rl.actor_lr = 4e-5
     c.rl.critic_lr = 1e-3
+
+
+def _make_tiny(c: ml_collections.ConfigDict) -> None:
+    c.max_steps = 150
+    for part in ("vision", "language", "expert"):
+        c.policy[part].depth = 1
+    c.policy.unroll = False
+    c.demonstrations.episodes_per_task = 2
+    c.sft.update({"steps": 4, "log_every": 2, "checkpoint_every": 2, "batch_size": 4})
+    c.rollouts.episodes_per_task = 2
+
+    w = c.world_model
+    w.update({"dynamics_batch_size": 2, "reward_batch_size": 2, "holdout_fraction": 0.5})
+    w.horizon = 2
+    w.model.mot.update({"num_layers": 1, "unroll": False})
+    w.model.vit.num_layers = 1
+    w.vae_training.update({"steps": 2, "log_every": 1, "batch_size": 2})
+    w.training.update({"steps": 2, "log_every": 1})
+
+    c.rl.update({"start_states": 4, "imagination_batch": 2, "minibatch_size": 4})
+    c.rl.update({"updates": 4, "updates_per_refill": 2, "value_recompute_every": 1})
+    c.rl.update({"critic_warmup": 1, "checkpoint_every": 2})
+    c.evaluation.update({"episodes_per_task": 2, "video_size": 64})
 
 
 def _make_small(c: ml_collections.ConfigDict) -> None:

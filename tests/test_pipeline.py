@@ -10,27 +10,7 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 
 
 def tiny_config():
-    config = libero_long.get_config("micro")
-    config.max_steps = 150
-    for part in ("vision", "language", "expert"):
-        config.policy[part].depth = 1
-    config.policy.unroll = False
-    config.demonstrations.episodes_per_task = 2
-    config.sft.update({"steps": 4, "log_every": 2, "checkpoint_every": 2, "batch_size": 4})
-    config.rollouts.episodes_per_task = 2
-    world = config.world_model
-    world.update({"dynamics_batch_size": 2, "reward_batch_size": 2, "holdout_fraction": 0.5})
-    world.horizon = 2
-    world.model.mot.update({"num_layers": 1, "unroll": False})
-    world.model.vit.num_layers = 1
-    world.vae_training.update({"steps": 2, "log_every": 1, "batch_size": 2})
-    world.training.update({"steps": 2, "log_every": 1})
-    config.rl.update(
-        {"start_states": 4, "imagination_batch": 2, "updates": 4, "updates_per_refill": 2}
-    )
-    config.rl.update({"minibatch_size": 4, "critic_warmup": 1, "value_recompute_every": 1})
-    config.evaluation.update({"episodes_per_task": 2, "video_size": 64})
-    return config
+    return libero_long.get_config("tiny")
 
 
 @pytest.mark.libero
