@@ -13,6 +13,7 @@ What the runs print is in WORKDIR/soak.log.
 """
 
 import contextlib
+import json
 import multiprocessing
 import random
 import shutil
@@ -48,9 +49,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Kept afterwards; a temporary on
 
 
 def run_stage(config, workdir: Path, stage: str, log: Path) -> None:
-    """The command line's run of one stage, in this process."""
+    """The command line's run of one stage, in this process. Programs that an earlier one compiled
+    are not compiled again: most of such a short run would be that."""
+    import jax
+
     from mbpo_jax import pipeline
 
+    jax.config.update("jax_compilation_cache_dir", str(log.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     logging.set_verbosity(logging.WARNING)
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         pipeline.main(config, str(workdir), [stage])
@@ -76,10 +82,9 @@ class Soak:
             raise RuntimeError(f"{stage} ended with status {process.exitcode}:\n{tail}")
 
     def undisturbed(self, stage: str) -> float:
-        """Runs a stage to its end; returns the seconds it took."""
-        started = time.monotonic()
+        """Runs a stage to its end unless that was done before; returns the seconds it took."""
         self.finish(self.start(self.whole, stage), stage)
-        return time.monotonic() - started
+        return 60 * json.loads((self.whole / stage / "done.json").read_text())["minutes"]
 
     def disturbed(self, stage: str, seconds: float, kills: int) -> dict:
         """Runs a stage under `kills` signals within its `seconds`, then to the end."""
@@ -94,7 +99,7 @@ class Soak:
         differing: set[str] = set()
         bar = tqdm(total=kills, desc=stage, unit="signal")
         while True:
-            process = self.start(self.killed, stage)
+            process, started = self.start(self.killed, stage), time.monotonic()
             if bar.n < kills:
                 process.join(self.moments.uniform(0.0, seconds))
             if bar.n == kills or process.exitcode is not None:
@@ -104,6 +109,7 @@ class Soak:
                 if bar.n == kills:
                     bar.close()
                     return {**counts, "seconds": seconds, "differing": sorted(differing)}
+                seconds = time.monotonic() - started  # nothing to compile any more
                 shutil.rmtree(directory)
                 continue
             bar.update()
