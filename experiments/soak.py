@@ -180,6 +180,7 @@ RESULTS = {
 def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    logging.set_verbosity(logging.WARNING)
     from mbpo_jax.pipeline import STAGES
 
     known = [name for name, stage in STAGES.items() if not stage.on_request]
