@@ -6,13 +6,15 @@ observation and is answered with a chunk, `{"actions": float32 [k, A], "policy_t
 """
 
 import asyncio
+import contextlib
 import hmac
 import http
 import itertools
 import logging
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 from websockets.asyncio.server import Request as HandshakeRequest
@@ -186,3 +188,30 @@ class PolicyServer:
         chunks = self._policy.infer(requests)
         seconds = time.monotonic() - started
         return [(chunk, seconds) for chunk in chunks]
+
+
+@contextlib.contextmanager
+def serving_in_thread(
+    policy: ServedPolicy, **options: Any
+) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A `PolicyServer(policy, **options)` on 127.0.0.1 in a thread: yields its port and a function
+    that stops it. On the way out it is stopped and has ended."""
+    address: Future = Future()
+
+    async def run() -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def started(port: int) -> None:
+            address.set_result((port, lambda: loop.call_soon_threadsafe(stop.set)))
+
+        await PolicyServer(policy, **options).run("127.0.0.1", 0, stop, started)
+
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(asyncio.run, run())
+        port, stop = address.result(timeout=30)
+        try:
+            yield port, stop
+        finally:
+            if not ended.done():
+                stop()
+            ended.result()

@@ -1,10 +1,6 @@
-"""A working directory with a tiny trained policy, and servers of it in a thread."""
+"""A working directory with a tiny policy, and messages to a server of it."""
 
-import asyncio
-import contextlib
 import dataclasses
-import threading
-from concurrent.futures import Future
 
 import jax
 import ml_collections
@@ -14,7 +10,6 @@ import pytest
 from mbpo_jax.data.normalization import write_norm_stats
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.serving.inference import load
-from mbpo_jax.serving.server import PolicyServer
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.checkpoints import save_params
 from tests.policy.conftest import CAMERAS, TINY, random_params, stats
@@ -50,31 +45,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def served(checkpoint):
     return load(checkpoint, SIZES)
-
-
-@contextlib.contextmanager
-def running(policy, **options):
-    """A server in a thread: yields (port, stop), where stop() begins to drain it."""
-    address: Future = Future()
-
-    async def serve():
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-
-        def started(port):
-            address.set_result((port, lambda: loop.call_soon_threadsafe(stop.set)))
-
-        await PolicyServer(policy, **options).run("127.0.0.1", 0, stop, started)
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    port, stop = address.result(timeout=30)
-    try:
-        yield port, stop
-    finally:
-        with contextlib.suppress(RuntimeError):  # the test itself has stopped it
-            stop()
-        thread.join(timeout=30)
-        assert not thread.is_alive()
 
 
 def message(seed: int = 0, **changes) -> dict:

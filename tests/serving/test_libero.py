@@ -8,10 +8,10 @@ import pytest
 from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.policy.config import FlowConfig
+from mbpo_jax.serving.server import serving_in_thread
 from mbpo_jax.stages.build import load_policy
 from mbpo_jax.stages.collect import batched_act, make_pool
 from mbpo_jax.stages.workspace import read_config
-from tests.serving.conftest import running
 
 
 @pytest.mark.libero
@@ -31,7 +31,7 @@ def test_episodes_over_the_server_equal_those_in_process(checkpoint, served):
     instruction = task_info(config.suite, 0).instruction
     requests = [EpisodeRequest(task_id=0, seed=7, max_steps=6)]
 
-    with make_pool(config) as pool, running(served) as (port, _):
+    with make_pool(config) as pool, serving_in_thread(served) as (port, _):
         robot = openpi_client.WebsocketClientPolicy("127.0.0.1", port)
 
         def over_the_server(queries):

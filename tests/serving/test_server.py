@@ -15,9 +15,9 @@ from websockets.sync.client import connect
 
 from mbpo_jax.serving.inference import load
 from mbpo_jax.serving.protocol import pack, unpack
-from mbpo_jax.serving.server import RateLimit
+from mbpo_jax.serving.server import RateLimit, serving_in_thread
 from mbpo_jax.stages.workspace import StageError
-from tests.serving.conftest import SIZES, message, running
+from tests.serving.conftest import SIZES, message
 
 openpi_client = pytest.importorskip(
     "openpi_client.websocket_client_policy",
@@ -31,7 +31,7 @@ def client(port: int, **options):
 
 @pytest.fixture(scope="module")
 def port(served):
-    with running(served) as (port, _):
+    with serving_in_thread(served) as (port, _):
         yield port
 
 
@@ -98,7 +98,7 @@ def wait_until(condition):
 def test_concurrent_clients_are_batched_and_get_what_they_would_get_alone(served):
     policy = Recorded(served, open_gate=False)
     observations = [message(seed=i, episode=i, chunk_index=0) for i in range(7)]
-    with running(policy) as (port, _), ThreadPoolExecutor(7) as pool:
+    with serving_in_thread(policy) as (port, _), ThreadPoolExecutor(7) as pool:
         robots = [client(port) for _ in observations]
         answers = [pool.submit(r.infer, o) for r, o in zip(robots, observations)]
         wait_until(lambda: policy.batches)
@@ -143,7 +143,7 @@ def test_a_missing_camera_is_named(port):
 
 
 def test_garbage_and_oversized_messages_cost_nobody_else_their_connection(served):
-    with running(served, max_message_bytes=10_000) as (port, _):
+    with serving_in_thread(served, max_message_bytes=10_000) as (port, _):
         other = client(port)
         with connect(f"ws://127.0.0.1:{port}") as rude:
             rude.recv()
@@ -165,7 +165,7 @@ def test_a_failing_batch_ends_only_the_connections_that_wait_for_it(served):
                 raise FloatingPointError("out of luck")
             return super().infer(requests)
 
-    with running(Failing(served)) as (port, _):
+    with serving_in_thread(Failing(served)) as (port, _):
         unlucky, other = client(port), client(port)
         with pytest.raises(websockets.ConnectionClosedError, match="1011"):
             unlucky.infer(message(episode=13))
@@ -178,7 +178,7 @@ def test_a_browser_is_refused(port):
 
 
 def test_the_api_key_is_required_where_there_is_one(served):
-    with running(served, api_key="open sesame") as (port, _):
+    with serving_in_thread(served, api_key="open sesame") as (port, _):
         assert client(port, api_key="open sesame").get_server_metadata() == served.metadata
         for wrong in (None, "sesame"):
             with pytest.raises(websockets.InvalidStatus, match="401"):
@@ -187,7 +187,7 @@ def test_the_api_key_is_required_where_there_is_one(served):
 
 
 def test_the_rate_is_limited_per_connection(served):
-    with running(served, requests_per_second=2) as (port, _):
+    with serving_in_thread(served, requests_per_second=2) as (port, _):
         hasty, other = client(port), client(port)
         for _ in range(2):
             hasty.infer(message())
@@ -207,7 +207,7 @@ def test_the_token_bucket():
 
 def test_draining_answers_what_is_in_work_and_takes_nothing_new(served):
     policy = Recorded(served, open_gate=False)
-    with running(policy) as (port, stop), ThreadPoolExecutor(1) as pool:
+    with serving_in_thread(policy) as (port, stop), ThreadPoolExecutor(1) as pool:
         busy, idle = client(port), client(port)
         answer = pool.submit(busy.infer, message())
         wait_until(lambda: policy.batches)
