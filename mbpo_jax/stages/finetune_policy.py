@@ -56,6 +56,7 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
         mesh=make_mesh(config.parallel.fsdp),
         seed=config.seed,
         name="policy fine-tuning",
+        loggers=config.loggers,
         trainable=policy.trainable(params)["actor"],
         **section,
     )

@@ -139,6 +139,7 @@ def _train_vae(
         mesh=make_mesh(config.parallel.fsdp),
         seed=config.seed + 1,
         name="image autoencoder",
+        loggers=config.loggers,
         **section,
     )
     return {**params, "vae": vae}
@@ -193,6 +194,7 @@ def train_dynamics(
         mesh=make_mesh(config.parallel.fsdp),
         seed=config.seed + 2,
         name="world model",
+        loggers=config.loggers,
         **section.training.to_dict(),
     )
     return {**jax.device_get(frozen), **jax.device_get(trained)}

@@ -116,7 +116,7 @@ def optimize_policy(
         state = checkpoints.restore(state)
     first = int(state.step)
     key = jax.random.key(config.seed + 4)
-    with MetricWriter(directory, first_step=first) as writer:
+    with MetricWriter(directory, first, config.loggers) as writer:
         bar = tqdm(range(first, rl.updates), desc="policy optimisation", initial=first)
         bar.total = rl.updates
         for i in bar:

@@ -1,6 +1,6 @@
 """Supervised training: a state, one jitted step, and a loop that survives a kill."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def fit(
     log_every: int,
     checkpoint_every: int,
     trainable: Params | None = None,
+    loggers: Sequence[str] = ("tensorboard",),
 ) -> Params:
     """Trains `params` for `steps` steps and returns their exponential moving average.
 
@@ -110,6 +111,7 @@ def fit(
         directory: receives `checkpoints/` and the metrics.
         name: what the progress bar says.
         trainable: tree of bools like `params`, False where the loss stops the gradient.
+        loggers: of the metrics, beside their file (`training.metrics.LOGGERS`).
 
     Raises:
         FloatingPointError: when the loss is not finite; earlier checkpoints are kept.
@@ -135,7 +137,7 @@ def fit(
     first = int(state.step)
     base_key = jax.random.key(seed)
     pending: list[dict[str, Array]] = []
-    with MetricWriter(directory, first_step=first + 1) as writer:
+    with MetricWriter(directory, first + 1, loggers) as writer:
         stream = batches(first)
         for i in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps)):
             batch = shard_batch(next(stream), mesh)

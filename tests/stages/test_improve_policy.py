@@ -42,7 +42,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "huber_delta": 10.0,
     }
     return ml_collections.ConfigDict(
-        {"seed": 0, "chunk": 2, "parallel": {"fsdp": 1}, "rl": {**rl, **changes}}
+        {"seed": 0, "loggers": (), "chunk": 2, "parallel": {"fsdp": 1}, "rl": {**rl, **changes}}
     )
 
 
