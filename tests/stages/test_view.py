@@ -17,7 +17,7 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 from tests.toy import ToyPolicy
 
 TIMES = [0, 2, 4, 5]  # two whole chunks, and one that ended early without success
-CAMERAS = ("head", "wrist")
+CAMERAS = ("top", "hand")
 
 
 class Brightening:
@@ -27,7 +27,7 @@ class Brightening:
         return observation.replace(images={c: x + 10 for c, x in observation.images.items()})
 
     def reward(self, params, observation):
-        return jnp.asarray(observation.images["head"]).mean((1, 2, 3)) / 255
+        return jnp.asarray(observation.images["top"]).mean((1, 2, 3)) / 255
 
 
 @pytest.fixture
@@ -94,12 +94,12 @@ def test_an_episode_is_seen_before_anything_is_trained(workspace):
 def test_an_imagined_frame_stands_where_its_chunk_ended(trained):
     workspace, episode = trained
     clip = view.episode_clip(workspace, "rollouts", 0)
-    first, second, third, last = clip.views["wrist"]["imagined"]
+    first, second, third, last = clip.views["hand"]["imagined"]
     assert first is None
     assert last is None  # its chunk was cut off
-    np.testing.assert_array_equal(second, episode.images["wrist"][0] + 10)
-    np.testing.assert_array_equal(third, episode.images["wrist"][1] + 10)
-    recorded = episode.images["head"].mean((1, 2, 3)) / 255
+    np.testing.assert_array_equal(second, episode.images["hand"][0] + 10)
+    np.testing.assert_array_equal(third, episode.images["hand"][1] + 10)
+    recorded = episode.images["top"].mean((1, 2, 3)) / 255
     np.testing.assert_allclose(clip.curves["P(done), recorded frame"], recorded, rtol=1e-5)
     imagined = clip.curves["P(done), imagined frame"]
     assert (imagined[0], imagined[3]) == (None, None)
@@ -111,11 +111,11 @@ def test_a_branch_goes_on_from_its_frame_beside_the_recording(trained):
     workspace, episode = trained
     clip = view.branch_clip(workspace, "rollouts", 0, step=2, chunks=2)
     assert clip.times == [2, 4, 6]
-    rows = clip.views["head"]
-    np.testing.assert_array_equal(rows["recorded"][1], episode.images["head"][2])
+    rows = clip.views["top"]
+    np.testing.assert_array_equal(rows["recorded"][1], episode.images["top"][2])
     assert rows["recorded"][2] is None
     for i, frame in enumerate(rows["imagined"]):
-        np.testing.assert_array_equal(frame, episode.images["head"][1] + 10 * i)
+        np.testing.assert_array_equal(frame, episode.images["top"][1] + 10 * i)
     assert [None if a is None else a.shape for a in clip.actions] == [(2, 1), (2, 1), None]
     assert np.diff(clip.curves["P(done), imagined frame"]) == pytest.approx([10 / 255] * 2)
     assert clip.curves["value"] == pytest.approx([1 + 2 * episode.proprio[1, 0]] * 3)
@@ -128,9 +128,10 @@ def test_the_page_holds_the_frames_and_asks_nothing_of_the_network(workspace, ca
     assert page.count("</script>") == 1  # the instruction is escaped
     assert not re.search(r"(src|href)=|https?://", page)
     data = json.loads(re.search(r"const data = (.*);\n", page).group(1))
-    shown = [base64.b64decode(x) for x in data["views"]["head"]["recorded"]]
+    assert tuple(data["views"]) == CAMERAS
+    shown = [base64.b64decode(x) for x in data["views"]["top"]["recorded"]]
     frames = [np.asarray(Image.open(io.BytesIO(x))) for x in shown]
-    np.testing.assert_array_equal(frames, episode.images["head"])
+    np.testing.assert_array_equal(frames, episode.images["top"])
     np.testing.assert_allclose(data["actions"][0], episode.actions[0], atol=1e-4)
 
 
