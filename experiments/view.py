@@ -6,10 +6,11 @@
 The first shows episode 3 of the stage `rollouts` (or `demonstrations`): every view with the frame
 that the world model expected there, the actions, P(done) and values. The second starts at the frame
 of step 40 and shows what the policy and the world model imagine from it. One HTML file, without
-network; `page.html#12` opens it at frame 12.
+network; `page.html#12` opens it at frame 12. --rerun=FILE.rrd writes a recording for Rerun too.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workdir", type=Path, default=Path("runs/libero_long_micro"))
     parser.add_argument("--chunks", type=int, help="of a branch; by default rl.branch_chunks")
     parser.add_argument("--output", type=Path, help="by default WORKDIR/view/NAME.html")
+    parser.add_argument("--rerun", type=Path, metavar="FILE.rrd", help="needs rerun-sdk")
     options = parser.parse_args(arguments)
+    if options.rerun and importlib.util.find_spec("rerun") is None:
+        parser.error("--rerun needs the package rerun-sdk: `pip install -e '.[view]'`")
     chosen = (options.episode or options.branch).split(":")
     if len(chosen) != (2 if options.episode else 3) or not all(n.isdigit() for n in chosen[1:]):
         parser.error("--episode is STAGE:NUMBER, --branch is STAGE:NUMBER:STEP")
@@ -32,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         branch_clip,
         episode_clip,
         render_clip,
+        write_rerun,
     )
     from mbpo_jax.stages.workspace import StageError, Workspace, read_config
 
@@ -52,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render_clip(clip), encoding="utf-8")
     print(f"written to {path}")
+    if options.rerun:
+        write_rerun(clip, options.rerun)
+        print(f"written to {options.rerun}")
     return 0
 
 

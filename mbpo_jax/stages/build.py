@@ -23,10 +23,13 @@ Config = ml_collections.ConfigDict
 
 
 def dataclass_from(cls, section):
-    """A (nested) dataclass with the values of a config section of the same fields."""
+    """A (nested) dataclass with the values of a config section of the same fields; one that the
+    section lacks, as that of an older run may, has its default."""
     hints = typing.get_type_hints(cls)
     values = {}
     for field in dataclasses.fields(cls):
+        if field.name not in section:
+            continue
         value = section[field.name]
         nested = dataclasses.is_dataclass(hints[field.name])
         values[field.name] = dataclass_from(hints[field.name], value) if nested else value

@@ -72,8 +72,8 @@ def episode_clip(workspace: Workspace, stage: str, number: int) -> Clip:
             imagined = metrics.imagine_chunk(world, params, chosen, jax.random.key(config.seed))
             reached = source.index[:, 2].tolist()
             for camera in config.cameras:
-                views[camera]["imagined"] = _at(count, reached, imagined[camera])
-            probability = reward(params, chosen.observation.replace(images=imagined))
+                views[camera]["imagined"] = _at(count, reached, imagined.images[camera])
+            probability = reward(params, imagined)
             curves["P(done), imagined frame"] = _at(count, reached, np.asarray(probability))
         if workspace.summary("improve") is not None:
             curves["value"] = _values(workspace, frames).tolist()
@@ -170,6 +170,30 @@ def render_clip(clip: Clip) -> str:
         subtitle=clip.subtitle,
         data=asdict(clip) | {"views": views, "actions": actions},
     )
+
+
+def write_rerun(clip: Clip, path: Path) -> None:
+    """The clip as a Rerun recording (`rerun PATH`), on a timeline of environment steps.
+
+    Raises:
+        ModuleNotFoundError: the package rerun-sdk is not installed.
+    """
+    import rerun
+
+    with rerun.RecordingStream("mbpo_jax") as recording:
+        recording.save(path)
+        for i, time in enumerate(clip.times):
+            recording.set_time("step", sequence=time)
+            for camera, rows in clip.views.items():
+                for row, frames in rows.items():
+                    if frames[i] is not None:
+                        recording.log(f"{camera}/{row}", rerun.Image(frames[i]))
+            for name, values in clip.curves.items():
+                if values[i] is not None:
+                    recording.log(f"curves/{name}", rerun.Scalars(values[i]))
+            for j, action in enumerate(() if clip.actions[i] is None else clip.actions[i]):
+                recording.set_time("step", sequence=time + j)
+                recording.log("actions", rerun.Scalars(action))
 
 
 def _episode(workspace: Workspace, stage: str, number: int) -> Episode:

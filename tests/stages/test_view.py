@@ -135,6 +135,16 @@ def test_the_page_holds_the_frames_and_asks_nothing_of_the_network(workspace, ca
     np.testing.assert_allclose(data["actions"][0], episode.actions[0], atol=1e-4)
 
 
+def test_a_rerun_recording_holds_views_actions_and_curves(trained, tmp_path):
+    pytest.importorskip("rerun", reason="the optional rerun-sdk is not installed (extra: view)")
+    clip = view.episode_clip(trained[0], "rollouts", 0)
+    view.write_rerun(clip, tmp_path / "clip.rrd")
+    content = (tmp_path / "clip.rrd").read_bytes()
+    views = [f"/{camera}/{row}" for camera in CAMERAS for row in ("recorded", "imagined")]
+    for entity in ("/actions", "/curves/value", *views):
+        assert entity.encode() in content
+
+
 def test_what_does_not_exist_is_named(trained, tmp_path, capsys):
     workspace, _ = trained
     with pytest.raises(StageError, match="episodes 0 to 0; there is no 1"):
