@@ -56,6 +56,7 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.max_steps = 520 if suite == "libero_10" else 300  # environment steps per episode
     c.seed = 0
     c.workers = 16  # simulator processes, 2.5 GB each
+    c.loggers = ("tensorboard",)  # also "wandb" and "trackio", where they are installed
 
     c.parallel = ml_collections.ConfigDict()
     c.parallel.fsdp = 8  # devices over which large parameters are split

@@ -2,9 +2,11 @@
 
 python -m experiments.benchmark --target=policy --openpi=DIR/bin/python
 python -m experiments.benchmark --target=world_model
+python -m experiments.benchmark --target=server
 
 Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
 rounds with its 95 % bootstrap interval, below 1 where this package is faster.
+The policy server has no peer: its latency is printed under several clients at once.
 """
 
 import argparse
@@ -15,26 +17,31 @@ from pathlib import Path
 
 import jax
 
-from mbpo_jax.benchmarks import policy, world_model
+from mbpo_jax.benchmarks import policy, server, world_model
+
+TARGETS = {"policy": policy, "world_model": world_model, "server": server}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=("policy", "world_model"), required=True)
+    parser.add_argument("--target", choices=tuple(TARGETS), required=True)
     parser.add_argument(
         "--sizes", default="tiny,small", help="comma-separated: tiny, small, and pi05 or bagel"
     )
-    parser.add_argument("--repeats", type=int, default=20, help="rounds that count")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="rounds that count; server: tens of requests"
+    )
     parser.add_argument("--sample_batch", type=int, default=1, help="policy: chunks per call")
     parser.add_argument("--train_batch", type=int, default=8, help="policy: chunks per step")
     parser.add_argument("--openpi", help="policy: Python of an environment that has openpi")
     parser.add_argument("--batches", default="1,8", help="world_model: batch sizes")
+    parser.add_argument("--clients", default="1,4,16", help="server: numbers of clients")
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args(arguments)
     sizes = options.sizes.split(",")
-    target = policy if options.target == "policy" else world_model
+    target = TARGETS[options.target]
     if unknown := set(sizes) - set(target.sizes()):
         parser.error(f"--sizes: {sorted(unknown)} not among {sorted(target.sizes())}")
     if target is policy and not options.openpi:
@@ -44,10 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         if target is policy:
             batches = {"sample": options.sample_batch, "train": options.train_batch}
             rows += policy.run(size, batches, options.repeats, options.openpi)
+        elif target is server:
+            clients = [int(number) for number in options.clients.split(",")]
+            rows += server.run(size, clients, 10 * options.repeats)
         else:
             batches = [int(batch) for batch in options.batches.split(",")]
             rows += world_model.run(size, batches, options.repeats)
-    _print(rows)
+    _print_latency(rows) if target is server else _print(rows)
     options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / f"{options.target}.json"
     device = jax.devices()[0].device_kind
@@ -72,6 +82,13 @@ def _print(rows: list[dict]) -> None:
         if "rms_change" in row:
             line += f", images move by {row['rms_change']:.1f} grey levels"
         print(line)
+
+
+def _print_latency(rows: list[dict]) -> None:
+    print(f"{'size':10}{'clients':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'chunks/s':>10}")
+    for row in rows:
+        quantiles = "".join(f"{1e3 * row[q]:10.1f}" for q in ("p50", "p95", "p99"))
+        print(f"{row['size']:10}{row['clients']:8}{quantiles}{row['per_second']:10.1f}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.report import write_report
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.interruption import Interrupted, interruptible
+from mbpo_jax.training.metrics import check_loggers
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
     Raises:
         StageError: for anything the user can mend: an unknown stage, a stage whose inputs are
             missing, a folder made by another config.
+        ValueError: a logger that is unknown or not installed.
     """
     for name in stages:
         if name not in STAGES and name != "report":
@@ -74,6 +76,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
                 + (f"; did you mean {' or '.join(near)}?" if near else "")
                 + f" Stages: {', '.join([*STAGES, 'report'])}"
             )
+    check_loggers(config.loggers)
     workspace = Workspace(workdir, config)
     always = [name for name, stage in STAGES.items() if not stage.on_request]
     wanted = stages or [*always, "report"]

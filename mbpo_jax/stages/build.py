@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.workspace import config_entries
 from mbpo_jax.training.checkpoints import load_params
-from mbpo_jax.types import Array, Params
+from mbpo_jax.types import Array, Observation, Params
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.umm_world import UMMWorld
 
@@ -25,10 +25,13 @@ Config = ml_collections.ConfigDict
 
 
 def dataclass_from(cls, section):
-    """A (nested) dataclass with the values of a config section of the same fields."""
+    """A (nested) dataclass with the values of a config section of the same fields; one that the
+    section lacks, as that of an older run may, has its default."""
     hints = typing.get_type_hints(cls)
     values = {}
     for field in dataclasses.fields(cls):
+        if field.name not in section:
+            continue
         value = section[field.name]
         nested = dataclasses.is_dataclass(hints[field.name])
         values[field.name] = dataclass_from(hints[field.name], value) if nested else value
@@ -72,6 +75,26 @@ def load_policy(config: Config, sft_directory: Path, params_directory: Path):
     """The policy and parameters that a stage left behind: (FlowPolicy, params)."""
     policy = build_policy(config, read_norm_stats(sft_directory / "norm_stats.json"))
     return policy, load_params(params_directory, abstract_params(policy))
+
+
+def acting_program(policy: FlowPolicy, seed: int) -> Callable[[Params, Observation, Array], Array]:
+    """Jitted `(params, observations, identities) -> actions [B, k, A]`.
+
+    A chunk's noise depends on `seed` and on its row of `identities` int [B, 2], (episode, chunk),
+    alone, so that an episode comes out the same however requests are batched.
+    """
+    base_key = jax.random.key(seed)
+
+    @jax.jit
+    def act(params, observations, identities):
+        def one(observation, identity):
+            key = jax.random.fold_in(jax.random.fold_in(base_key, identity[0]), identity[1])
+            batch = jax.tree.map(lambda x: x[None], observation)
+            return policy.act(params, batch, key)[0]
+
+        return jax.vmap(one)(observations, identities)
+
+    return act
 
 
 def build_world_model(config: Config) -> UMMWorld:

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.episode import Episode
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.stages.build import Config, load_policy, observation_builder
+from mbpo_jax.stages.build import Config, acting_program, load_policy, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.types import Params
 
@@ -160,16 +159,7 @@ def batched_act(
     that an episode comes out the same however queries are batched."""
     builder = observation_builder(config)
     instructions = {t: task_info(config.suite, t).instruction for t in config.tasks}
-    base_key = jax.random.key(config.seed)
-
-    @jax.jit
-    def act(params, observations, identities):
-        def one(observation, identity):
-            key = jax.random.fold_in(jax.random.fold_in(base_key, identity[0]), identity[1])
-            batch = jax.tree.map(lambda x: x[None], observation)
-            return policy.act(params, batch, key)[0]
-
-        return jax.vmap(one)(observations, identities)
+    act = acting_program(policy, config.seed)
 
     def act_on(queries: list[Query]) -> np.ndarray:
         padded = queries + [queries[0]] * (config.workers - len(queries))

@@ -61,6 +61,7 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
             config, ["policy", "sft"], {name: vars(x) for name, x in stats.items()}
         ),
         profile_steps=config.profile_steps,
+        loggers=config.loggers,
         trainable=policy.trainable(params)["actor"],
         **section,
     )

@@ -142,6 +142,7 @@ def _train_vae(
         keep=config.checkpoints.keep,
         origin=checkpoint_origin(config, ["world_model"], {}),
         profile_steps=config.profile_steps,
+        loggers=config.loggers,
         **section,
     )
     return {**params, "vae": vae}
@@ -199,6 +200,7 @@ def train_dynamics(
         keep=config.checkpoints.keep,
         origin=checkpoint_origin(config, ["world_model"], params["statistics"]),
         profile_steps=config.profile_steps,
+        loggers=config.loggers,
         **section.training.to_dict(),
     )
     return {**jax.device_get(frozen), **jax.device_get(trained)}

@@ -167,7 +167,7 @@ def optimize_policy(
             state, branch = restored["state"], restored["branch"]
         first = saved = int(state.step)
         guard = NonFiniteGuard(directory, "policy optimisation", progress["skipped_in_a_row"])
-        with MetricWriter(directory, first_step=first) as writer:
+        with MetricWriter(directory, first, config.loggers) as writer:
             bar = tqdm(range(first, rl.updates), desc="policy optimisation", initial=first)
             bar.total = rl.updates
             for i in bar:

@@ -25,7 +25,7 @@ def write_report(workspace: Workspace, stages: Sequence[str]) -> str:
         return "no stage has finished yet; there is nothing to report"
     results = {"config": json.loads(config.to_json_best_effort()), "stages": summaries}
     (workspace.root / "results.json").write_text(json.dumps(results, indent=1))
-    with MetricWriter(workspace.root / "report") as writer:
+    with MetricWriter(workspace.root / "report", loggers=config.loggers) as writer:
         writer.write(0, dict(_numbers("", summaries)))
     builders = {
         "demonstrations": _data_section,

@@ -98,6 +98,25 @@ def config_entries(config: ml_collections.ConfigDict, sections: Sequence[str]) -
     return flat_entries({section: values[section] for section in sections})
 
 
+def read_config(root: Path) -> ml_collections.ConfigDict:
+    """The config of the run in `root`, as far as its stages have recorded it.
+
+    Raises:
+        StageError: no stage has begun there.
+    """
+    config: dict = {}
+    for path in sorted(Path(root).glob("*/config.json")):
+        for name, value in json.loads(path.read_text()).items():
+            *sections, entry = name.split(".")
+            section = config
+            for key in sections:
+                section = section.setdefault(key, {})
+            section[entry] = tuple(value) if isinstance(value, list) else value
+    if not config:
+        raise StageError(f"{root} is no working directory: no stage has begun there")
+    return ml_collections.ConfigDict(config).lock()
+
+
 def _write_json(path: Path, value: dict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1))

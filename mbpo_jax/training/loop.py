@@ -102,6 +102,7 @@ def fit(
     origin: Mapping[str, Any] | None = None,
     profile_steps: Sequence[int] = (),
     trainable: Params | None = None,
+    loggers: Sequence[str] = ("tensorboard",),
 ) -> Params:
     """Trains `params` for `steps` steps and returns their exponential moving average.
 
@@ -119,6 +120,7 @@ def fit(
         keep, origin: of the checkpoints, see `Checkpoints`; the seed is added to the origin.
         profile_steps: see `StepProfiler`.
         trainable: tree of bools like `params`, False where the loss stops the gradient.
+        loggers: of the metrics, beside their file (`training.metrics.LOGGERS`).
 
     Raises:
         FloatingPointError: three steps in a row were not finite; see `NonFiniteGuard`.
@@ -154,7 +156,7 @@ def fit(
         first, window = int(state.step), progress["window"]
         guard = NonFiniteGuard(directory, name, progress["skipped_in_a_row"])
         stream = batches(first)
-        with MetricWriter(directory, first_step=first + 1) as writer:
+        with MetricWriter(directory, first + 1, loggers) as writer:
             for i in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps)):
                 batch = next(stream)
                 profiler.before(i)

@@ -48,6 +48,7 @@ def config(**changes) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "seed": 0,
+            "loggers": (),
             "chunk": 2,
             "parallel": {"fsdp": 1},
             "checkpoints": {"keep": 1},

@@ -1,0 +1,172 @@
+"""A trained policy behind the server: messages to observations, observations to action chunks."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from mbpo_jax.data.pipelines import collate
+from mbpo_jax.data.tokenizers import pad_prompt
+from mbpo_jax.policy.config import FlowConfig
+from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.stages.build import Config, acting_program, load_policy, policy_tokenizer
+from mbpo_jax.stages.workspace import StageError, read_config
+from mbpo_jax.types import Observation, Params, Prompt
+
+OPENPI_IMAGES = ("observation/image", "observation/wrist_image")  # of the first two cameras
+STATE = "observation/state"
+INSTRUCTION = "prompt"
+IDENTITY = ("episode", "chunk_index")
+
+
+class Request(NamedTuple):
+    """One chunk that is asked for. `identity` = (episode, chunk) decides its noise."""
+
+    observation: Observation  # no batch axis
+    identity: tuple[int, int]
+
+
+class ServedPolicy:
+    """A policy compiled for a few batch sizes.
+
+    Attributes:
+        metadata: what a client is told of it on connection.
+        max_batch: requests that `infer` takes at most.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: FlowPolicy,
+        params: Params,
+        batch_sizes: Sequence[int] = (1, 4, 16),
+    ):
+        self._config, self._params = config, params
+        self._state_dim = len(policy.proprio_stats.mean)
+        tokenizer = policy_tokenizer(config)
+
+        @functools.lru_cache(maxsize=1024)
+        def tokenize(instruction: str) -> Prompt:
+            ids, length = tokenizer.encode(instruction), config.policy.max_prompt_tokens
+            return pad_prompt(ids, length, instruction, tokenizer.pad_id)
+
+        self._tokenize = tokenize
+        self._image_keys = {
+            camera: [f"observation/{camera}", *OPENPI_IMAGES[i : i + 1]]
+            for i, camera in enumerate(config.cameras)
+        }
+        self.metadata = {
+            "cameras": list(config.cameras),
+            "image_keys": self._image_keys,
+            "image_size": config.image_size,
+            "state_dim": self._state_dim,
+            "action_dim": policy.env_action_dim,
+            "action_horizon": config.chunk,
+        }
+        self.max_batch = max(batch_sizes)
+        self._programs = self._compile(acting_program(policy, config.seed), sorted(batch_sizes))
+
+    def _compile(self, program, batch_sizes: Sequence[int]) -> dict:
+        size = self._config.image_size
+        images = {camera: np.zeros((size, size, 3), np.uint8) for camera in self._config.cameras}
+        prompt = self._tokenize("")
+        blank = Observation(images, np.zeros(self._state_dim, np.float32), prompt, prompt)
+        programs = {}
+        for batch in tqdm(batch_sizes, desc="compiling batch sizes"):
+            observations = collate([blank] * batch)
+            identities = np.zeros((batch, len(IDENTITY)), np.int32)
+            programs[batch] = program.lower(self._params, observations, identities).compile()
+        return programs
+
+    def request(self, message: Any, identity: tuple[int, int]) -> Request:
+        """What a client's message asks for.
+
+        Args:
+            message: keys as in `metadata`, `observation/state` and `prompt`; optionally `episode`
+                and `chunk_index`, whole numbers that take the place of `identity`.
+
+        Raises:
+            ValueError: naming the entry that is missing or wrong.
+        """
+        if not isinstance(message, dict):
+            raise ValueError(f"an observation is a map, not {type(message).__name__}")
+        images = {camera: self._image(message, camera) for camera in self._config.cameras}
+        instruction = message.get(INSTRUCTION)
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"{INSTRUCTION!r} must be a text that is not empty")
+        prompt = self._tokenize(instruction)
+        observation = Observation(images, self._state(message), prompt, prompt)
+        return Request(
+            observation, tuple(_whole(message, key, i) for key, i in zip(IDENTITY, identity))
+        )
+
+    def infer(self, requests: Sequence[Request]) -> np.ndarray:
+        """Action chunks float32 [n, k, A] of 1 to `max_batch` requests, in the robot's units."""
+        batch = min(size for size in self._programs if size >= len(requests))
+        padded = [*requests, *[requests[0]] * (batch - len(requests))]
+        observations = collate([request.observation for request in padded])
+        identities = np.array([request.identity for request in padded], np.int32)
+        actions = self._programs[batch](self._params, observations, identities)
+        return np.asarray(actions)[: len(requests)]
+
+    def _image(self, message: Mapping, camera: str) -> np.ndarray:
+        keys = self._image_keys[camera]
+        key = next((key for key in keys if key in message), None)
+        if key is None:
+            raise ValueError(f"no image of camera {camera!r}: send it as {' or '.join(keys)}")
+        image = message[key]
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+            kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"{key!r} is {kind}: send a uint8 array [height, width, 3]")
+        if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+            raise ValueError(f"{key!r} has shape {image.shape}: send [height, width, 3]")
+        size = (self._config.image_size,) * 2
+        if image.shape[:2] == size:
+            return image
+        return np.asarray(ImageOps.pad(Image.fromarray(image), size, Image.Resampling.BILINEAR))
+
+    def _state(self, message: Mapping) -> np.ndarray:
+        try:
+            state = np.asarray(message.get(STATE), np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{STATE!r} is not an array of numbers ({error})") from error
+        if state.shape != (self._state_dim,) or not np.isfinite(state).all():
+            raise ValueError(
+                f"{STATE!r} must be {self._state_dim} finite numbers, not shape {state.shape} "
+                f"with {int((~np.isfinite(state)).sum())} that are not finite"
+            )
+        return state
+
+
+def load(checkpoint: Path, batch_sizes: Sequence[int]) -> ServedPolicy:
+    """The policy that the stage `sft` or `improve` left in its folder `checkpoint`.
+
+    Raises:
+        StageError: there is none.
+    """
+    checkpoint = Path(checkpoint).absolute()
+    if not (checkpoint / "policy").is_dir():
+        raise StageError(
+            f"{checkpoint} holds no policy; pass the folder of a finished stage sft or improve in "
+            "a working directory, such as runs/libero_long_micro/improve"
+        )
+    config = read_config(checkpoint.parent)
+    if (
+        "rl" not in config
+    ):  # a run that ends with `sft`; acting does not depend on the flow's entries
+        with config.unlocked():
+            config.rl = {"flow": dataclasses.asdict(FlowConfig())}
+    policy, params = load_policy(config, checkpoint.parent / "sft", checkpoint / "policy")
+    return ServedPolicy(config, policy, params, batch_sizes)
+
+
+def _whole(message: Mapping, key: str, default: int) -> int:
+    value = message.get(key, default)
+    if not isinstance(value, int | np.integer) or not 0 <= value < 2**31:
+        raise ValueError(f"{key!r} must be a whole number from 0 to 2^31 - 1, not {value!r:.80}")
+    return int(value)
