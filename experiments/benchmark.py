@@ -2,6 +2,7 @@
 
 python -m experiments.benchmark --target=policy --openpi=DIR/bin/python
 python -m experiments.benchmark --target=world_model
+python -m experiments.benchmark --target=imagination
 
 Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
 rounds with its 95 % bootstrap interval, below 1 where this package is faster.
@@ -15,16 +16,25 @@ from pathlib import Path
 
 import jax
 
-from mbpo_jax.benchmarks import policy, world_model
+from configs import libero_long
+from mbpo_jax.benchmarks import imagination, policy, world_model
+
+SIZES = {  # of each target: those there are, and the default
+    "policy": (tuple(policy.sizes()), "tiny,small"),
+    "world_model": (tuple(world_model.sizes()), "tiny,small"),
+    "imagination": (libero_long.VARIANTS, "micro"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=("policy", "world_model"), required=True)
+    parser.add_argument("--target", choices=tuple(SIZES), required=True)
     parser.add_argument(
-        "--sizes", default="tiny,small", help="comma-separated: tiny, small, and pi05 or bagel"
+        "--sizes",
+        help="comma-separated; "
+        + "; ".join(f"{target}: {', '.join(sizes)}" for target, (sizes, _) in SIZES.items()),
     )
     parser.add_argument("--repeats", type=int, default=20, help="rounds that count")
     parser.add_argument("--sample_batch", type=int, default=1, help="policy: chunks per call")
@@ -33,20 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", default="1,8", help="world_model: batch sizes")
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args(arguments)
-    sizes = options.sizes.split(",")
-    target = policy if options.target == "policy" else world_model
-    if unknown := set(sizes) - set(target.sizes()):
-        parser.error(f"--sizes: {sorted(unknown)} not among {sorted(target.sizes())}")
-    if target is policy and not options.openpi:
+    known, default = SIZES[options.target]
+    sizes = (options.sizes or default).split(",")
+    if unknown := set(sizes) - set(known):
+        parser.error(f"--sizes: {sorted(unknown)} not among {sorted(known)}")
+    if options.target == "policy" and not options.openpi:
         print(policy.MISSING, file=sys.stderr)
     rows = []
     for size in sizes:
-        if target is policy:
+        if options.target == "policy":
             batches = {"sample": options.sample_batch, "train": options.train_batch}
             rows += policy.run(size, batches, options.repeats, options.openpi)
-        else:
+        elif options.target == "world_model":
             batches = [int(batch) for batch in options.batches.split(",")]
             rows += world_model.run(size, batches, options.repeats)
+        else:
+            config = libero_long.get_config(size)
+            rows += imagination.run(config, size, options.repeats)
     _print(rows)
     options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / f"{options.target}.json"
@@ -58,9 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print(rows: list[dict]) -> None:
-    print(f"{'work':34}{'ms':>10}{'GFLOP/s':>10}{'of peak':>9}{'peer ms':>10}  ratio (95 %)")
+    print(f"{'work':46}{'ms':>10}{'GFLOP/s':>10}{'of peak':>9}{'peer ms':>10}  ratio (95 %)")
     for row in rows:
-        line = f"{row['size']} {row['work']} batch {row['batch']}".ljust(34)
+        line = f"{row['size']} {row['work']} batch {row['batch']}".ljust(46)
         line += f"{1e3 * row['seconds']:10.2f}"
         if "flops" in row:
             line += f"{row['flops_per_second'] / 1e9:10.1f}{row['share_of_peak']:9.1%}"
@@ -69,6 +82,11 @@ def _print(rows: list[dict]) -> None:
         if "ratio" in row:
             line += f"{1e3 * row['peer_seconds']:10.2f}"
             line += f"  {row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+        if "chunks_per_second" in row:
+            line += f", {row['chunks_per_second']:.1f} chunks/s"
+            line += f" (peer {row['peer_chunks_per_second']:.1f})"
+        if "share" in row:
+            line += f"  {row['share']:.0%} of its parts"
         if "rms_change" in row:
             line += f", images move by {row['rms_change']:.1f} grey levels"
         print(line)
