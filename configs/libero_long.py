@@ -53,6 +53,7 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.max_steps = 520 if suite == "libero_10" else 300  # environment steps per episode
     c.seed = 0
     c.workers = 16  # simulator processes, 2.5 GB each
+    c.worker_backend = "local"  # or "ray": on the hosts of the cluster that ray.init() finds
 
     c.parallel = ml_collections.ConfigDict()
     c.parallel.fsdp = 8  # devices over which large parameters are split
