@@ -3,6 +3,7 @@
 python -m experiments.benchmark --target=policy --openpi=DIR/bin/python
 python -m experiments.benchmark --target=world_model
 python -m experiments.benchmark --target=imagination
+python -m experiments.benchmark --target=data
 
 Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
 rounds with its 95 % bootstrap interval, below 1 where this package is faster.
@@ -17,12 +18,13 @@ from pathlib import Path
 import jax
 
 from configs import libero_long
-from mbpo_jax.benchmarks import imagination, policy, world_model
+from mbpo_jax.benchmarks import data, imagination, policy, world_model
 
 SIZES = {  # of each target: those there are, and the default
     "policy": (tuple(policy.sizes()), "tiny,small"),
     "world_model": (tuple(world_model.sizes()), "tiny,small"),
     "imagination": (libero_long.VARIANTS, "micro"),
+    "data": (libero_long.VARIANTS, "micro"),
 }
 
 
@@ -59,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows += world_model.run(size, batches, options.repeats)
         else:
             config = libero_long.get_config(size)
-            rows += imagination.run(config, size, options.repeats)
+            target = {"imagination": imagination, "data": data}[options.target]
+            rows += target.run(config, size, options.repeats)
     _print(rows)
     options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / f"{options.target}.json"
@@ -85,6 +88,12 @@ def _print(rows: list[dict]) -> None:
         if "chunks_per_second" in row:
             line += f", {row['chunks_per_second']:.1f} chunks/s"
             line += f" (peer {row['peer_chunks_per_second']:.1f})"
+        if "episodes_per_second" in row:
+            line += f"{row['episodes_per_second']:10.1f} episodes/s"
+        if "frames_per_second" in row:
+            line += f", {row['frames_per_second']:.0f} frames/s"
+            if "ratio" in row:
+                line += ", the device starves" if row["ratio"] > 1 else ", the device is fed"
         if "share" in row:
             line += f"  {row['share']:.0%} of its parts"
         if "rms_change" in row:
