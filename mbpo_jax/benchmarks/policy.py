@@ -13,12 +13,12 @@ import numpy as np
 
 from mbpo_jax.benchmarks.flops import matmul_flops
 from mbpo_jax.benchmarks.timing import Run, interleave, matmul_peak, measured, timed
+from mbpo_jax.benchmarks.training import training_run
 from mbpo_jax.models.gemma import GemmaConfig
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.models.siglip import SiglipConfig
 from mbpo_jax.policy.config import Pi0Config, variants
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.training.loop import TrainState, make_optimizer, train_step
 from mbpo_jax.types import Observation, Prompt
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # openpi always has three
@@ -89,25 +89,11 @@ def _ours(config: Pi0Config, work: str, batch: int) -> tuple[Run, float]:
         )
 
     actions = jnp.zeros((batch, config.chunk, config.action_dim))
-    tx = make_optimizer(
-        learning_rate=1e-4, warmup_steps=10, steps=1000, weight_decay=1e-10, grad_clip=1.0
-    )
-    step = train_step(
-        lambda actor, frozen, batch, key: policy.loss(actor, *batch, key), tx, ema_decay=0.99
-    )
-    actor = params["actor"]
-    state = TrainState(
-        actor, jax.tree.map(jnp.copy, actor), tx.init(actor), jnp.zeros((), jnp.int32)
-    )
-    flops = matmul_flops(step, state, {}, (observation, actions), key)
-    jitted = jax.jit(step, donate_argnums=0)
 
-    def advance() -> jax.Array:
-        nonlocal state
-        state, metrics = jitted(state, {}, (observation, actions), key)
-        return metrics["loss"]
+    def loss_fn(actor, frozen, batch, key):
+        return policy.loss(actor, *batch, key)
 
-    return timed(advance), flops
+    return training_run(loss_fn, params["actor"], {}, (observation, actions))
 
 
 def _observation(config: Pi0Config, batch: int) -> Observation:

@@ -43,12 +43,11 @@ class ReferenceOrder(UMMWorld):
         keep = segments[:-1] if segments[-1].attention == "causal" else segments
         texts = [s for s in segments if s.attention == "causal"]
         empty = qwen2_mot.empty_cache(config.mot, noise.shape[0])
-        # The contexts given are not read, hence not computed in the compiled program.
-        branches = [
-            bagel.extend(params, config, part, empty)[0] for part in (segments, keep, texts)
-        ]
         times = generation.sampling_times(config.num_timesteps, config.sample_timestep_shift)
         guided = [guidance.is_active(config.guidance, t) for t in times[:-1]]
+        # The contexts given are not read, hence not computed in the compiled program.
+        parts = (segments, keep, texts) if any(guided) else (segments,)
+        branches = [bagel.extend(params, config, part, empty)[0] for part in parts]
 
         def velocity(cache, x, t):
             t = jnp.full(x.shape[:1], t)
@@ -62,7 +61,10 @@ class ReferenceOrder(UMMWorld):
             def combined():
                 return guidance.combine(config.guidance, *(velocity(c, x, t) for c in branches))
 
-            v = jax.lax.cond(guide, combined, lambda: velocity(branches[0], x, t))
+            def plain():
+                return velocity(branches[0], x, t)
+
+            v = jax.lax.cond(guide, combined, plain) if any(guided) else plain()
             return x - v * size, None
 
         steps = (times[:-1], times[:-1] - times[1:], np.asarray(guided))
@@ -70,12 +72,13 @@ class ReferenceOrder(UMMWorld):
 
     def reward(self, params, observation):
         def one(now):
-            return self._decoded_answer(params, jax.tree.map(lambda x: x[None], now))
+            return self.decoded_answer(params, jax.tree.map(lambda x: x[None], now))
 
         return jax.lax.map(one, observation)
 
-    def _decoded_answer(self, params, observation):
-        """Whether the generated text starts with "Yes": prefix, then token by token to its end."""
+    def decoded_answer(self, params, observation):
+        """Whether the text generated for one observation (batch axis 1) starts with "Yes": prefix,
+        then token by token to its end."""
         config, mot = self.config, self.config.mot
         *context, question = self.answer_segments(params, observation)
         start = dataclasses.replace(question, und=question.und[:, -1:])

@@ -7,69 +7,50 @@ the results, only in their order.
 
 import collections
 import dataclasses
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import mbpo_jax
 from mbpo_jax.envs import libero
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.envs.worker import EnvSettings, Job
+from mbpo_jax.envs.workers import Backend, Death, LocalBackend, Worker
 
 _MAX_FAILURES = 3  # of the same episode
-_WORKER_COMMAND = ("-m", "mbpo_jax.envs.worker")
-
-# One thread a worker: the episodes are the parallelism.
-_THREADS = {
-    name: "1"
-    for name in (
-        "LP_NUM_THREADS",
-        "OMP_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "NUMBA_NUM_THREADS",
-    )
-}
+BACKENDS = ("local", "ray")
 
 
 @dataclasses.dataclass(eq=False)
-class _Process:
-    """A worker process as the pool sees it. `deadline` is when its answer is overdue."""
+class _Seat:
+    """A worker and what it is at; `deadline` is when its answer is overdue."""
 
-    process: subprocess.Popen
-    connection: connection.Connection
-    log: Any
+    worker: Worker
     task_id: int = -1
     job: Job | None = None
     deadline: float = float("inf")
 
-    def send(self, message: Any, timeout_s: float) -> None:
-        self.deadline = time.monotonic() + timeout_s
-        self.connection.send(message)
 
-    def last_words(self) -> str:
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-15:])
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-        self.log.close()
+def _make_backend(name: str, num_workers: int) -> Backend:
+    if name == "local":
+        return LocalBackend()
+    if name != "ray":
+        raise ValueError(f"worker_backend is {name!r}; choose one of {', '.join(BACKENDS)}")
+    try:
+        from mbpo_jax.envs.ray_workers import RayBackend
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ValueError(
+            "worker_backend = 'ray' needs Ray: pip install 'mbpo_jax[ray]', or choose 'local'"
+        ) from error
+    return RayBackend(num_workers)
 
 
 class EnvPool:
-    """`num_workers` processes with one simulator each (2.5 GB), for tasks of one suite.
+    """`num_workers` processes with one simulator each (2.5 GB), for tasks of one suite: on this
+    machine, or with `backend="ray"` on the hosts of a Ray cluster.
 
     Use it as a context manager: on the way out, by whatever way, its processes end. `timeout_s` is
     how long one answer of a worker may take: an expert's episode or one chunk of a policy's, and
@@ -84,25 +65,22 @@ class EnvPool:
         image_size: int = 64,
         chunk: int = 10,
         timeout_s: float = 600.0,
+        backend: str = "local",
     ):
         if num_workers < 1:
             raise ValueError(f"a pool needs at least one worker, not {num_workers}")
         self._settings = EnvSettings(suite, tuple(cameras), image_size, chunk)
         self._num_workers, self._timeout_s = num_workers, timeout_s
-        self._workers: list[_Process] = []
+        self._seats: list[_Seat] = []
+        self._backend = _make_backend(backend, num_workers)
         self.restarts = 0
 
     def __enter__(self) -> "EnvPool":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the worker processes; the next episodes would start new ones."""
-        for worker in self._workers:
-            worker.kill()
-        self._workers = []
+        self._end_workers()
+        self._backend.close()
 
     def expert_episodes(self, requests: Iterable[EpisodeRequest]) -> Iterator[EpisodeResult]:
         """Runs the scripted expert. Results come as they finish, in any order.
@@ -136,31 +114,31 @@ class EnvPool:
         failures: collections.Counter[Job] = collections.Counter()
         done = False
         try:
-            while len(self._workers) < min(self._num_workers, len(jobs)):
-                self._workers.append(self._start())
+            while len(self._seats) < min(self._num_workers, len(jobs)):
+                self._seats.append(_Seat(self._backend.start(self._settings)))
             while True:
                 self._assign(pending)
-                busy = [worker for worker in self._workers if worker.job]
+                busy = [seat for seat in self._seats if seat.job]
                 if not busy:
                     break
                 asking = []
-                for worker, message in self._messages(busy):
+                for seat, message in self._messages(busy):
                     if isinstance(message, Query):
-                        asking.append((worker, message))
+                        asking.append((seat, message))
                     elif isinstance(message, EpisodeResult):
-                        worker.job = None
+                        seat.job = None
                         self._assign(pending)  # it works on while the caller has the result
                         yield message
-                    elif isinstance(message, _Failure):
-                        failures[worker.job] += 1
-                        if failures[worker.job] >= _MAX_FAILURES:
+                    elif isinstance(message, Death):
+                        failures[seat.job] += 1
+                        if failures[seat.job] >= _MAX_FAILURES:
                             raise RuntimeError(
-                                f"{worker.job.request} has failed {_MAX_FAILURES} times, at last "
+                                f"{seat.job.request} has failed {_MAX_FAILURES} times, at last "
                                 f"because its worker {message.reason}. Its last words:\n"
                                 f"{message.last_words}"
                             )
-                        pending.appendleft(worker.job)
-                        self._replace(worker)
+                        pending.appendleft(seat.job)
+                        self._replace(seat)
                     else:
                         raise message
                 if asking:
@@ -169,75 +147,47 @@ class EnvPool:
                         raise ValueError(
                             f"act got {len(asking)} queries and returned {len(actions)} chunks"
                         )
-                    for (worker, _), chunk in zip(asking, actions):
-                        self._send(worker, chunk)
+                    for (seat, _), chunk in zip(asking, actions):
+                        self._send(seat, chunk)
             done = True
         finally:
             if not done:  # workers are in the middle of episodes that nobody waits for
-                self.close()
+                self._end_workers()
 
-    def _messages(self, busy: list[_Process]) -> list[tuple[_Process, Any]]:
-        """Waits for the first message or overdue worker; returns all that is there."""
-        patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-        ready = connection.wait([worker.connection for worker in busy], patience)
-        messages = []
-        for worker in busy:
-            if worker.connection in ready:
-                try:
-                    messages.append((worker, worker.connection.recv()))
-                except (EOFError, ConnectionError):
-                    code = worker.process.wait()
-                    reason = f"died with exit status {code}"
-                    messages.append((worker, _Failure(reason, worker.last_words())))
-            elif time.monotonic() > worker.deadline:
+    def _messages(self, busy: list[_Seat]) -> list[tuple[_Seat, Any]]:
+        """Waits for the first answers or overdue workers; returns all that is there."""
+        patience = max(0.0, min(seat.deadline for seat in busy) - time.monotonic())
+        seats = {seat.worker: seat for seat in busy}
+        answers = self._backend.wait([*seats], patience)
+        messages = [(seats[worker], answer) for worker, answer in answers]
+        answered = [seat for seat, _ in messages]
+        for seat in busy:
+            if seat not in answered and time.monotonic() > seat.deadline:
                 reason = f"did not answer in {self._timeout_s:g} s"
-                messages.append((worker, _Failure(reason, worker.last_words())))
+                messages.append((seat, Death(reason, seat.worker.last_words())))
         return messages
 
     def _assign(self, pending: collections.deque[Job]) -> None:
         """Gives every idle worker an episode, of the task it has an environment for if possible."""
-        for worker in self._workers:
-            if worker.job is None and pending:
-                same = (job for job in pending if job.request.task_id == worker.task_id)
+        for seat in self._seats:
+            if seat.job is None and pending:
+                same = (job for job in pending if job.request.task_id == seat.task_id)
                 job = next(same, pending[0])
                 pending.remove(job)
-                worker.job, worker.task_id = job, job.request.task_id
-                self._send(worker, job)
+                seat.job, seat.task_id = job, job.request.task_id
+                self._send(seat, job)
 
-    def _send(self, worker: _Process, message: Any) -> None:
-        try:
-            worker.send(message, self._timeout_s)
-        except ConnectionError:
-            worker.deadline = 0.0  # it has died; the next look at its connection finds out
+    def _send(self, seat: _Seat, message: Any) -> None:
+        seat.deadline = time.monotonic() + self._timeout_s
+        seat.worker.send(message)
 
-    def _replace(self, worker: _Process) -> None:
-        worker.kill()
-        self._workers[self._workers.index(worker)] = self._start()
+    def _replace(self, seat: _Seat) -> None:
+        seat.worker.kill()
+        fresh = _Seat(self._backend.start(self._settings))
+        self._seats[self._seats.index(seat)] = fresh
         self.restarts += 1
 
-    def _start(self) -> _Process:
-        ours, theirs = socket.socketpair()
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        root = str(Path(mbpo_jax.__file__).parents[1])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, *_WORKER_COMMAND, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **_THREADS, "PYTHONPATH": os.pathsep.join(paths)},
-            )
-        worker = _Process(process, connection.Connection(ours.detach()), log)
-        self._send(worker, self._settings)
-        worker.deadline = float("inf")
-        return worker
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    """A worker that died or is overdue."""
-
-    reason: str
-    last_words: str
+    def _end_workers(self) -> None:
+        for seat in self._seats:
+            seat.worker.kill()
+        self._seats = []

@@ -149,6 +149,7 @@ def make_pool(config: Config) -> EnvPool:
         cameras=tuple(config.cameras),
         image_size=config.image_size,
         chunk=config.chunk,
+        backend=config.worker_backend,
     )
 
 

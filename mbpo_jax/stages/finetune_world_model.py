@@ -1,7 +1,8 @@
 """Stage `world_model`: autoencoder, dynamics and reward, then fidelity on held-out episodes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from mbpo_jax.episode import Episode
 from mbpo_jax.stages.build import Config, build_world_model, checkpoint_origin, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
-from mbpo_jax.training.loop import fit
+from mbpo_jax.training.loop import LossFn, fit
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 from mbpo_jax.types import Params, WorldModel
 from mbpo_jax.world_model import bagel, metrics
@@ -158,6 +159,29 @@ def train_dynamics(
 ) -> Params:
     """Parameters after joint training on the transitions of `sources` and the reward labels of
     `episodes`; one whose weight in the config is 0 is left out."""
+    frozen = {k: v for k, v in params.items() if k in world.frozen}
+    trained = fit(
+        joint_loss(config, world),
+        {k: v for k, v in params.items() if k not in world.frozen},
+        frozen,
+        joint_batches(config, world, params, sources, episodes),
+        directory=directory,
+        mesh=make_mesh(config.parallel.fsdp),
+        seed=config.seed + 2,
+        name="world model",
+        keep=config.checkpoints.keep,
+        origin=checkpoint_origin(config, ["world_model"], params["statistics"]),
+        profile_steps=config.profile_steps,
+        loggers=config.loggers,
+        **config.world_model.training.to_dict(),
+    )
+    return {**jax.device_get(frozen), **jax.device_get(trained)}
+
+
+def joint_batches(
+    config: Config, world: UMMWorld, params: Params, sources: Source, episodes: list[Episode]
+) -> Callable[[int], Iterator[Any]]:
+    """`batches(i)` for `joint_loss`: transitions of `sources` and reward labels of `episodes`."""
     section = config.world_model
     sources = _with_moments(world, params, sources, episodes)
     no, yes = by_label(reward_examples(episodes, observation_builder(config)))
@@ -174,6 +198,13 @@ def train_dynamics(
         )
         return zip(dynamics, reward)
 
+    return mixed_batches
+
+
+def joint_loss(config: Config, world: UMMWorld) -> LossFn:
+    """The weighted sum of the dynamics' and the reward's loss on (Transition, RewardExample)."""
+    section = config.world_model
+
     def loss_fn(trained, frozen, batch, key):
         (transition, moments), example = batch
         everything = {**trained, **frozen}
@@ -187,23 +218,7 @@ def train_dynamics(
             metrics = {**metrics, **reward_metrics}
         return loss, metrics
 
-    frozen = {k: v for k, v in params.items() if k in world.frozen}
-    trained = fit(
-        loss_fn,
-        {k: v for k, v in params.items() if k not in world.frozen},
-        frozen,
-        mixed_batches,
-        directory=directory,
-        mesh=make_mesh(config.parallel.fsdp),
-        seed=config.seed + 2,
-        name="world model",
-        keep=config.checkpoints.keep,
-        origin=checkpoint_origin(config, ["world_model"], params["statistics"]),
-        profile_steps=config.profile_steps,
-        loggers=config.loggers,
-        **section.training.to_dict(),
-    )
-    return {**jax.device_get(frozen), **jax.device_get(trained)}
+    return loss_fn
 
 
 def _with_moments(

@@ -152,7 +152,8 @@ def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
     text = (
         "Both policies started from the same shipped init states, which no earlier stage has seen: "
         "demonstrations and rollouts start from random resets. "
-        f"{summary['worker_restarts']} simulator workers had to be restarted."
+        f"{summary['worker_restarts']} simulator workers died or hung; their episodes were "
+        "repeated."
     )
     return Section("Success in the simulator", text, [table, pairs], images)
 
@@ -179,6 +180,8 @@ def _data_section(workspace: Workspace, summaries: dict) -> Section:
             f" The fine-tuned policy then ran {rollouts['episodes']} episodes from other random "
             f"resets and solved {rollouts['successes']}."
         )
+    restarts = sum(part["worker_restarts"] for part in (demonstrations, rollouts) if part)
+    text += f" {restarts} simulator workers died or hung; their episodes were repeated."
     return Section("Data", text)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import textwrap
 import time
 
 import numpy as np
@@ -10,51 +9,6 @@ import pytest
 
 from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest
-
-# A stand-in for the worker program: episodes without a simulator, and accidents on demand. An
-# accident happens once for each file that does not exist yet, named by the seed.
-FAKE_WORKER = """
-    import os, sys, time
-    from multiprocessing.connection import Connection
-    from pathlib import Path
-    import numpy as np
-    from mbpo_jax.envs.requests import EpisodeResult, Query
-
-    folder = Path(os.environ["FAKE_WORKER_FOLDER"])
-    connection = Connection(int(sys.argv[1]))
-    connection.recv()
-    while True:
-        try:
-            job = connection.recv()
-        except EOFError:
-            break
-        seed, attempt = job.request.seed, folder / str(job.request.seed)
-        first = not attempt.exists()
-        attempt.write_text(attempt.read_text() + "x" if attempt.exists() else "x")
-        if seed == 100 and first or seed == 300:
-            print("a segmentation fault", file=sys.stderr, flush=True)
-            os._exit(17)
-        if seed == 200 and first:
-            time.sleep(3600)
-        if seed == 400:
-            connection.send(ValueError("the goal is unknown"))
-            continue
-        total = 0.0
-        if job.source is not None:
-            for index in range(3):
-                connection.send(Query(job.request, index, {}, np.full(8, seed, np.float32)))
-                total += float(connection.recv().sum())
-        connection.send(EpisodeResult(job.request, total, None, 0.0))
-"""
-
-
-@pytest.fixture
-def fake_workers(tmp_path, monkeypatch):
-    program = tmp_path / "worker.py"
-    program.write_text(textwrap.dedent(FAKE_WORKER))
-    monkeypatch.setenv("FAKE_WORKER_FOLDER", str(tmp_path))
-    monkeypatch.setattr("mbpo_jax.envs.pool._WORKER_COMMAND", (str(program),))
-    monkeypatch.setattr("mbpo_jax.envs.libero.task_info", lambda *_: None)
 
 
 def alive(pid):
@@ -95,7 +49,7 @@ def test_an_exception_is_raised_here_and_ends_the_workers(fake_workers):
     with EnvPool("libero_10", 2) as pool:
         with pytest.raises(ValueError, match="the goal is unknown"):
             list(pool.expert_episodes(requests(1, 400)))
-        assert pool._workers == []
+        assert pool._seats == []
         assert [r.request.seed for r in pool.expert_episodes(requests(5))] == [5]
 
 
@@ -126,7 +80,7 @@ def test_no_process_is_left_behind(fake_workers, way_out):
     def leave():
         with EnvPool("libero_10", 2) as pool:
             for _ in pool.expert_episodes(requests(1, 2, 3, 4)):
-                pids.extend(worker.process.pid for worker in pool._workers)
+                pids.extend(seat.worker.process.pid for seat in pool._seats)
                 if way_out == "by an exception":
                     raise ArithmeticError
                 if way_out == "by Ctrl-C":
@@ -147,7 +101,7 @@ def test_no_process_is_left_behind(fake_workers, way_out):
 def test_workers_end_when_the_pool_is_gone(fake_workers):
     pool = EnvPool("libero_10", 1)
     assert len(list(pool.expert_episodes(requests(1)))) == 1
-    worker = pool._workers.pop()
+    worker = pool._seats.pop().worker
     worker.connection.close()  # as when the parent is killed
     deadline = time.monotonic() + 20
     while worker.process.poll() is None and time.monotonic() < deadline:
@@ -158,6 +112,11 @@ def test_workers_end_when_the_pool_is_gone(fake_workers):
 def test_a_pool_without_workers_is_refused():
     with pytest.raises(ValueError, match="at least one worker"):
         EnvPool("libero_10", 0)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="choose one of local, ray"):
+        EnvPool("libero_10", 1, backend="slurm")
 
 
 def noise_policy(queries):
@@ -200,4 +159,4 @@ def test_a_task_that_does_not_exist_starts_no_worker():
     with EnvPool("libero_10", 1) as pool:
         with pytest.raises(ValueError, match="the tasks 0 to 9; there is no 10"):
             list(pool.expert_episodes([EpisodeRequest(10, seed=0)]))
-        assert pool._workers == []
+        assert pool._seats == []

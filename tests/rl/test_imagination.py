@@ -79,3 +79,44 @@ def test_values_are_recomputed_with_the_new_critic():
         again.bootstrap_value, branch.last_observation.proprio[:, 0] - 1.0, atol=1e-6
     )
     np.testing.assert_array_equal(again.log_prob, branch.log_prob)
+
+
+class HungryWorld(ToyWorld):
+    """Needs 256 KiB for each branch while it steps, as a large model would."""
+
+    def step(self, params, observation, actions, key):
+        memory = jax.random.normal(key, (len(actions), 2**16))
+        memory = jnp.sort(memory + actions.mean((1, 2))[:, None], axis=1)
+        return observation.replace(proprio=memory[:, :1])
+
+
+def working_memory(branches, micro_batch, chunks=2):
+    """Bytes that the compiled rollout needs beside its arguments and results."""
+
+    def rollout(start, key):
+        return imagine(
+            POLICY,
+            HungryWorld(),
+            POLICY.init(),
+            {},
+            start,
+            key,
+            chunks=chunks,
+            reward_threshold=0.5,
+        )
+
+    def program(start, key):
+        return imagine_in_microbatches(rollout, start, key, micro_batch)
+
+    start = observation(np.zeros(branches))
+    compiled = jax.jit(program).lower(start, jax.random.key(0)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_branches_or_chunks_beyond_what_is_stored():
+    one_branch = 2**18
+    few = working_memory(4, 4)
+    assert few > 4 * one_branch
+    assert working_memory(64, 4) < few + one_branch
+    assert working_memory(4, 4, chunks=16) < few + one_branch
+    assert working_memory(64, 64) > 8 * few

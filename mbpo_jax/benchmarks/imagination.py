@@ -1,0 +1,166 @@
+"""Imagined chunks per second, where their time goes, and the same work done the reference's way."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbpo_jax.benchmarks.flops import matmul_flops
+from mbpo_jax.benchmarks.reference_stack import (
+    ReferenceImagination,
+    ServedWorld,
+    SteppedWorld,
+    world_process,
+)
+from mbpo_jax.benchmarks.timing import interleave, matmul_peak, measured, timed
+from mbpo_jax.benchmarks.world_model import awake
+from mbpo_jax.models.normalization import NormStats
+from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.rl.imagination import imagine
+from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
+from mbpo_jax.types import Observation, Params
+from mbpo_jax.world_model.umm_world import UMMWorld
+
+INSTRUCTION = "pick up the book and place it in the back compartment of the caddy"
+PROPRIO = 8  # LIBERO's end-effector position, axis-angle and two fingers
+
+
+def run(config: Config, size: str, repeats: int) -> list[dict]:
+    """Rows at the config's branch length and imagination batch: the whole branch beside the
+    reference's way of doing it, then the parts of one chunk of ours, then those of the reference's.
+
+    A part is timed as a program of its own; "share" is its time over that of all parts. The whole
+    may take less than its parts, since one program reads each array once.
+    """
+    chunks, batch = config.rl.branch_chunks, config.rl.imagination_batch
+    policy, world, params, world_params = models(config)
+    start, key = start_states(config, batch), jax.random.key(2)
+
+    def whole(params, world_params, start, key):
+        threshold = config.rl.reward_threshold
+        return imagine(
+            policy,
+            world,
+            params,
+            world_params,
+            start,
+            key,
+            chunks=chunks,
+            reward_threshold=threshold,
+        )
+
+    arguments = (params, world_params, start, key)
+    parts = _parts(policy, _kind(SteppedWorld, world), *arguments)
+    runs = {"ours": timed(jax.jit(whole), *arguments)}
+    runs |= {name: timed(jax.jit(function), *inputs) for name, (function, inputs) in parts.items()}
+    spent: list[dict[str, float]] = []
+    with world_process(_kind(ServedWorld, world), world_params) as ask:
+        reference = ReferenceImagination(policy, ask, world.cameras, chunks)
+
+        def peer() -> float:
+            started = time.perf_counter()
+            reference(params, start, key)
+            elapsed = time.perf_counter() - started
+            spent.append(reference.seconds)
+            return elapsed
+
+        seconds = interleave(runs | {"peer": peer}, repeats, f"{size}, {batch} branches")
+
+    peak = matmul_peak(
+        jnp.dtype(config.world_model.model.mot.dtype),
+        1024 if jax.default_backend() == "cpu" else 8192,
+    )
+    row = {"size": size, "batch": batch}
+    race = {name: seconds[name] for name in ("ours", "peer")}
+    total = (
+        row | {"work": f"{chunks} chunks"} | measured(race, matmul_flops(whole, *arguments), peak)
+    )
+    total["chunks_per_second"] = batch * chunks / total["seconds"]
+    total["peer_chunks_per_second"] = batch * chunks / total["peer_seconds"]
+    rows = [
+        row
+        | {"work": name}
+        | measured({"ours": seconds[name]}, matmul_flops(function, *inputs), peak)
+        for name, (function, inputs) in parts.items()
+    ]
+    theirs = [
+        row | {"work": f"reference, {name}", "seconds": _median(spent[1:], name) / chunks}
+        for name in spent[0]
+    ]
+    return [total, *_with_shares(rows), *_with_shares(theirs)]
+
+
+def models(config: Config) -> tuple[FlowPolicy, UMMWorld, Params, Params]:
+    """The config's policy and world model with random parameters, whose predictions vary."""
+    stats = NormStats(*(np.full(config.action_dim, x, np.float32) for x in (0, 1, -1, 1)))
+    policy = build_policy(config, {"actions": stats, "state": stats})
+    world = build_world_model(config)
+    params = jax.jit(policy.init)(jax.random.key(0))
+    return policy, world, params, awake(jax.jit(world.init)(jax.random.key(0)))
+
+
+def start_states(config: Config, batch: int) -> Observation:
+    """`batch` observations of noise in host memory."""
+    rng = np.random.default_rng(0)
+    size = (batch, config.image_size, config.image_size, 3)
+    images = {camera: rng.integers(0, 256, size).astype(np.uint8) for camera in config.cameras}
+    proprio = np.zeros((batch, PROPRIO), np.float32)
+    return observation_builder(config)(images, proprio, INSTRUCTION)
+
+
+def _kind(kind: type[SteppedWorld], world: UMMWorld) -> SteppedWorld:
+    """The same world model as another class."""
+    sizes = (world.image_size, world.action_dim, world.chunk)
+    return kind(world.config, world.cameras, *sizes, world.tokenizer)
+
+
+def _parts(
+    policy: FlowPolicy,
+    world: SteppedWorld,
+    params: Params,
+    world_params: Params,
+    start: Observation,
+    key: jax.Array,
+) -> dict[str, tuple[Callable, tuple]]:
+    """Name -> (function, arguments) of everything one chunk needs, on inputs as it has them."""
+
+    def act(params, observation, key):
+        return policy.sample(params, policy.encode(params, observation), key)
+
+    def autoencoder(world_params, images):
+        """Encodes every view and decodes as many pictures as a step does."""
+        latents = world.encode_images(world_params, jnp.concatenate([*images.values()]))
+        decoded = 2 if world.config.prediction == "residual" else 1
+        return world.decode_latents(world_params, jnp.concatenate([latents] * decoded))
+
+    prefix = jax.jit(policy.encode)(params, start)
+    actions = jax.jit(act)(params, start, key).actions
+    frames = {c: jax.jit(world.frame)(world_params, start.images[c], key) for c in world.cameras}
+    parts = {
+        "policy": (act, (params, start, key)),
+        "value": (policy.value, (params, prefix)),
+        "autoencoder": (autoencoder, (world_params, dict(start.images))),
+        "reward": (world.reward, (world_params, start)),
+    }
+    done: dict = {}
+    for camera in world.cameras:
+        view = functools.partial(world.view, camera=camera)
+        parts[f"dynamics {camera}"] = (view, (world_params, start, frames, done, actions, key))
+        # A later view finds the ViT features of the current frames; those of the views before it,
+        # of which the last alone is new, it computes.
+        if not done:
+            frames = {c: jax.jit(world.seen)(world_params, frame) for c, frame in frames.items()}
+        done = {c: frames[c] for c in done} | {camera: frames[camera].replace(features=None)}
+    return parts
+
+
+def _median(spent: list[dict[str, float]], name: str) -> float:
+    return float(np.median([seconds[name] for seconds in spent]))
+
+
+def _with_shares(rows: list[dict]) -> list[dict]:
+    total = sum(row["seconds"] for row in rows)
+    return [row | {"share": row["seconds"] / total} for row in rows]
