@@ -160,6 +160,7 @@ class Checkpoints:
             pass
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         if shutil.disk_usage(self.directory).free < needed:
+            self._manager.wait_until_finished()  # the message names the newest complete state
             raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB are needed and not free")
 
     @contextlib.contextmanager

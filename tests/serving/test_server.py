@@ -267,7 +267,8 @@ def test_episodes_over_the_server_equal_those_in_process(checkpoint, served):
     pytest.importorskip("libero", reason="the simulator is not installed (extra: libero)")
     config = read_config(checkpoint.parent)
     with config.unlocked():
-        config.update({"suite": "libero_object", "tasks": (0,), "workers": 1})
+        config.update({"suite": "libero_object", "tasks": (0,)})
+        config.update({"workers": 1, "worker_backend": "local"})
         config.rl = {"flow": dataclasses.asdict(FlowConfig())}
         config.world_model = {"max_prompt_tokens": 16}
         config.pretrained.world_tokenizer = ""
