@@ -151,11 +151,12 @@ def _processor() -> str:
 def main(config: Config, workdir: str, stages: Sequence[str]) -> None:
     """`run` for a command line: errors the user can mend are one message and exit status 1; SIGTERM
     ends it with status 0 and nothing lost."""
+    goes_on = f"The same command continues in {workdir}"
     try:
-        with interruptible():
+        with interruptible(f"stopped by SIGTERM; what was finished is kept. {goes_on}"):
             run(config, Path(workdir), stages)
     except Interrupted as interruption:
-        print(f"{interruption.message}. The same command continues in {workdir}", flush=True)
+        print(f"{interruption.message}. {goes_on}", flush=True)
         raise
     except (StageError, ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
