@@ -41,6 +41,7 @@ STAGES = {
         (
             "suite",
             "tasks",
+            "robot",
             "cameras",
             "image_size",
             "chunk",

@@ -9,6 +9,7 @@ import numpy as np
 
 from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.pool import EnvPool
+from mbpo_jax.envs.recording import VIDEO_STRIDE
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import Config, load_policy
@@ -17,8 +18,6 @@ from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.metrics import continue_records, read_metrics
 from mbpo_jax.types import Params
-
-VIDEO_FPS = 5  # every fourth step of a 20 Hz robot
 
 
 def evaluate(workspace: Workspace, directory: Path) -> dict:
@@ -167,7 +166,7 @@ def _film(
         (result,) = pool.policy_episodes([request], act, source="improved")
         frames = np.concatenate([result.video[c] for c in config.cameras], axis=2)
         path = directory / f"{kind}.gif"
-        iio.imwrite(path, frames, duration=1000 / VIDEO_FPS, loop=0)
+        iio.imwrite(path, frames, duration=1000 * VIDEO_STRIDE / config.robot.control_hz, loop=0)
         videos[kind] = {
             "file": path.name,
             "task": request.task_id,
