@@ -1,4 +1,4 @@
-"""Stage `evaluate`: both policies in the simulator on the same shipped init states."""
+"""Stage `evaluate`: both policies in the simulator on the same fixed init states."""
 
 import json
 import time
@@ -7,10 +7,10 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.recording import VIDEO_STRIDE
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.suites import task_info
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import Config, load_policy
 from mbpo_jax.stages.collect import batched_act, make_pool, progress
@@ -52,12 +52,12 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
 def _requests(config: Config) -> list[EpisodeRequest]:
     requests = []
     for task in config.tasks:
-        shipped = task_info(config.suite, task).num_init_states
+        fixed = task_info(config.suite, task).num_init_states
         wanted = config.evaluation.episodes_per_task
-        if wanted > shipped:
+        if wanted > fixed:
             raise StageError(
-                f"evaluation.episodes_per_task = {wanted}, but task {task} ships only {shipped} "
-                "init states"
+                f"evaluation.episodes_per_task = {wanted}, but task {task} has only {fixed} "
+                "fixed init states"
             )
         requests += [
             EpisodeRequest(
