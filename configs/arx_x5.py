@@ -6,6 +6,9 @@ limits and rate to your recordings.
 
 import math
 
+import ml_collections
+
+from configs import real_robot
 from mbpo_jax.embodiment import Embodiment
 
 ARM = (*(f"joint_{i}" for i in range(1, 7)), "gripper")
@@ -23,3 +26,8 @@ ROBOT = Embodiment(
     control_hz=20.0,
     chunk=10,
 )
+
+
+def get_config(variant: str = "micro") -> ml_collections.ConfigDict:
+    """The locked config of a variant of `configs/libero_long.py`."""
+    return real_robot.get_config(ROBOT, variant)

@@ -81,15 +81,20 @@ class Embodiment:
     def state_dim(self) -> int:
         return len(self.states)
 
-    def problems(self, episode: Episode, cameras: Sequence[str], chunk: int) -> list[str]:
-        """Why an episode cannot be this robot's, seen by `cameras` and cut into chunks of `chunk`
-        steps; empty if it can."""
+    def problems(
+        self, episode: Episode, cameras: Sequence[str], image_size: int, chunk: int
+    ) -> list[str]:
+        """Why an episode cannot be this robot's, seen by `cameras` in square frames of `image_size`
+        pixels and cut into chunks of `chunk` steps; empty if it can."""
         wrong = []
         missing = [camera for camera in cameras if camera not in episode.images]
         if missing:
             wrong.append(
                 f"no images of {', '.join(missing)} (there are {', '.join(sorted(episode.images))})"
             )
+        for camera, frames in episode.images.items():
+            if camera in cameras and frames.shape[1:] != (image_size, image_size, 3):
+                wrong.append(f"frames of {camera} are {frames.shape[1:]}, not {image_size} pixels")
         if episode.actions.shape[1] < chunk:
             wrong.append(f"chunks of {episode.actions.shape[1]} steps, {chunk} are needed")
         if not episode.instruction.strip():

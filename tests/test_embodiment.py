@@ -47,7 +47,7 @@ def test_shipped_robots(embodiment, actions, views):
     assert embodiment.action_dim == actions
     assert len(embodiment.cameras) == views
     assert embodiment.cameras[0] not in embodiment.wrist_cameras
-    assert embodiment.problems(make_episode(embodiment), embodiment.cameras, 10) == []
+    assert embodiment.problems(make_episode(embodiment), embodiment.cameras, 8, 10) == []
 
 
 def test_a_config_takes_its_sizes_from_the_robot():
@@ -102,6 +102,13 @@ def with_value(shape, index, value):
         ({"actions": np.zeros((3, 10, 7), np.float32)}, "7 actions, the robot has 14"),
         ({"proprio": np.zeros((3, 8), np.float32)}, "8 states, the robot has 14"),
         ({"actions": np.zeros((3, 5, 14), np.float32)}, "chunks of 5 steps, 10 are needed"),
+        (
+            {
+                "images": {c: np.zeros((3, 8, 9, 3), np.uint8) for c in ("head",)}
+                | {c: np.zeros((3, 8, 8, 3), np.uint8) for c in ARX.wrist_cameras}
+            },
+            r"frames of head are \(8, 9, 3\), not 8 pixels",
+        ),
         ({"instruction": " "}, "the instruction is empty"),
         (
             {"actions": with_value((3, 10, 14), (1, 2, 8), np.nan)},
@@ -115,7 +122,7 @@ def with_value(shape, index, value):
     ],
 )
 def test_an_episode_of_another_robot_says_what_is_wrong(changes, message):
-    problems = ARX.problems(make_episode(ARX, **changes), ARX.cameras, ARX.chunk)
+    problems = ARX.problems(make_episode(ARX, **changes), ARX.cameras, 8, ARX.chunk)
     assert len(problems) == 1
     assert re.search(message, problems[0])
 
