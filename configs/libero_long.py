@@ -17,14 +17,18 @@ from difflib import get_close_matches
 
 import ml_collections
 
+from configs.libero_panda import ROBOT
+from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.policy import config as policy_config
 from mbpo_jax.world_model import config as world_config
 
 VARIANTS = ("tiny", "micro", "small", "paper")
 
 
-def get_config(variant: str = "micro", suite: str = "libero_10") -> ml_collections.ConfigDict:
-    """The locked config of a variant.
+def get_config(
+    variant: str = "micro", suite: str = "libero_10", robot: Embodiment = ROBOT
+) -> ml_collections.ConfigDict:
+    """The locked config of a variant, for a suite of tasks and the robot that does them.
 
     Raises:
         ValueError: an unknown variant.
@@ -35,24 +39,28 @@ def get_config(variant: str = "micro", suite: str = "libero_10") -> ml_collectio
             f"there is no variant {variant!r}; did you mean {near[0]!r}? Variants: "
             + ", ".join(VARIANTS)
         )
-    config = _paper(suite)
+    config = _paper(suite, robot)
     if variant in ("tiny", "micro"):
         _make_micro(config)
     if variant == "tiny":
         _make_tiny(config)
     if variant == "small":
         _make_small(config)
+    config.policy.wrist_cameras = robot.wrist_cameras
+    config.policy.chunk = robot.chunk
+    config.policy.action_dim = max(config.policy.action_dim, robot.action_dim, robot.state_dim)
     return config.lock()
 
 
-def _paper(suite: str) -> ml_collections.ConfigDict:
+def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.suite = suite
     c.tasks = tuple(range(10))
-    c.cameras = ("agentview", "robot0_eye_in_hand")  # decoding order: head first
+    c.robot = ml_collections.ConfigDict(dataclasses.asdict(robot))
+    c.cameras = robot.cameras  # decoding order: head first
     c.image_size = 224
-    c.chunk = 10  # k, environment steps per action chunk
-    c.action_dim = 7
+    c.chunk = robot.chunk  # k, environment steps per action chunk
+    c.action_dim = robot.action_dim
     c.max_steps = 520 if suite == "libero_10" else 300  # environment steps per episode
     c.seed = 0
     c.workers = 16  # simulator processes, 2.5 GB each

@@ -33,13 +33,14 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
             "overridden: --config.rl.branch_chunks=1",
         )
         workdir = flags.DEFINE_string(
-            "workdir", None, f"where everything is written; runs/{name}_VARIANT by default"
+            "workdir", None, "where everything is written; runs/CONFIG_VARIANT by default"
         )
         stages = flags.DEFINE_list(
             "stages",
             list(default_stages),
             "comma-separated stages to run: demonstrations, sft, rollouts, world_model, fidelity, "
-            "improve, evaluate, report; without a list all but fidelity",
+            "improve, evaluate, report; without a list all but fidelity. A robot without a "
+            "simulator has imagine instead of evaluate, and no fidelity",
         )
 
     def main(argv):
@@ -48,8 +49,8 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
         logging.set_verbosity(logging.WARNING)  # the checkpoint library tells every save
         from mbpo_jax import pipeline  # after the flags, so that --help is instant
 
-        variant = _variant(config_flags.get_config_filename(flags.FLAGS["config"]))
-        pipeline.main(config_flag.value, workdir.value or f"runs/{name}_{variant}", stages.value)
+        run_name = _run_name(config_flags.get_config_filename(flags.FLAGS["config"]))
+        pipeline.main(config_flag.value, workdir.value or f"runs/{run_name}", stages.value)
 
     app.run(main, flags_parser=parse_flags)
 
@@ -73,8 +74,9 @@ def one_message():
         sys.exit(1)
 
 
-def _variant(config_file: str) -> str:
-    return config_file.rpartition(":")[2] if ":" in config_file else "micro"
+def _run_name(config_file: str) -> str:
+    file, _, variant = config_file.partition(":")
+    return f"{Path(file).stem}_{variant or 'micro'}"
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class Episode:
     task_id: int
     instruction: str
     source: str  # "expert" or the name of the policy that acted
-    seed: int  # of the random reset; -1 when a shipped init state was used
-    init_state_id: int  # of the shipped init state; -1 after a random reset
+    seed: int  # of the random reset; -1 when a fixed init state was used
+    init_state_id: int  # of the fixed init state; -1 after a random reset
     success: bool
     length: int  # environment steps T
     goal_fraction: float  # share of goal predicates reached at any time

@@ -17,7 +17,9 @@ from mbpo_jax.stages.evaluate import evaluate
 from mbpo_jax.stages.fidelity import study_fidelity
 from mbpo_jax.stages.finetune_policy import finetune_policy
 from mbpo_jax.stages.finetune_world_model import finetune_world_model
+from mbpo_jax.stages.imagined_success import imagine_held_out
 from mbpo_jax.stages.improve_policy import improve_policy
+from mbpo_jax.stages.recorded import take_demonstrations, take_rollouts
 from mbpo_jax.stages.report import write_report
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.interruption import Interrupted, interruptible
@@ -41,6 +43,7 @@ STAGES = {
         (
             "suite",
             "tasks",
+            "robot",
             "cameras",
             "image_size",
             "chunk",
@@ -59,6 +62,24 @@ STAGES = {
     "evaluate": Stage(evaluate, ("evaluation",), "improve"),
 }
 
+ROBOT_STAGES = {
+    "demonstrations": Stage(
+        take_demonstrations,
+        ("robot", "cameras", "image_size", "chunk", "action_dim", "seed", "demonstrations"),
+        after=None,
+    ),
+    "sft": STAGES["sft"],
+    "rollouts": Stage(take_rollouts, ("rollouts",), "sft"),
+    "world_model": STAGES["world_model"],
+    "improve": STAGES["improve"],
+    "imagine": Stage(imagine_held_out, (), "improve"),
+}
+
+
+def stages_of(config: Config) -> dict[str, Stage]:
+    """A config without a suite of simulated tasks is one of a robot with recorded episodes."""
+    return STAGES if "suite" in config else ROBOT_STAGES
+
 
 def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
     """Runs the named stages (by default all but those on request), then writes the report.
@@ -68,36 +89,38 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
             missing, a folder made by another config.
         ValueError: a logger that is unknown or not installed.
     """
+    available = stages_of(config)
     for name in stages:
-        if name not in STAGES and name != "report":
-            near = get_close_matches(name, [*STAGES, "report"], n=2)
+        if name not in available and name != "report":
+            near = get_close_matches(name, [*available, "report"], n=2)
             raise StageError(
                 f"there is no stage {name!r}"
                 + (f"; did you mean {' or '.join(near)}?" if near else "")
-                + f" Stages: {', '.join([*STAGES, 'report'])}"
+                + f" Stages: {', '.join([*available, 'report'])}"
             )
     check_loggers(config.loggers)
     workspace = Workspace(workdir, config)
-    always = [name for name, stage in STAGES.items() if not stage.on_request]
+    always = [name for name, stage in available.items() if not stage.on_request]
     wanted = stages or [*always, "report"]
     _check_finished(workspace)
-    for name in STAGES:
+    for name in available:
         if name in wanted:
-            run_stage(workspace, name, STAGES[name].run)
+            run_stage(workspace, name, available[name].run)
     if "report" in wanted:
         print(write_report(workspace, always))
     return workspace
 
 
-def _sections_up_to(name: str) -> list[str]:
-    stage = STAGES[name]
-    return [*(_sections_up_to(stage.after) if stage.after else ()), *stage.sections]
+def _sections_up_to(config: Config, name: str) -> list[str]:
+    stage = stages_of(config)[name]
+    before = _sections_up_to(config, stage.after) if stage.after else ()
+    return [*before, *stage.sections]
 
 
 def _check_finished(workspace: Workspace) -> None:
     """A config that disagrees with a stage already run is refused before anything starts."""
-    for name in STAGES:
-        workspace.check(name, _sections_up_to(name))
+    for name in stages_of(workspace.config):
+        workspace.check(name, _sections_up_to(workspace.config, name))
 
 
 def run_stage(workspace: Workspace, name: str, work: Callable[[Workspace, Path], dict]) -> None:
@@ -111,7 +134,7 @@ def run_stage(workspace: Workspace, name: str, work: Callable[[Workspace, Path],
         return
     print(f"[{name}]", flush=True)
     started = time.monotonic()
-    directory = workspace.begin(name, _sections_up_to(name))
+    directory = workspace.begin(name, _sections_up_to(workspace.config, name))
     summary = work(workspace, directory)
     summary["minutes"] = (time.monotonic() - started) / 60
     summary["environment"] = environment()

@@ -2,8 +2,8 @@
 
 Shape letters: ``*B`` any batch axes, ``k`` environment steps in an action chunk, ``A`` action
 dimensions, ``P`` proprioception dimensions, ``L`` tokens of a prompt, ``n`` chunks of a branch.
-Everything in an `Observation` or an action chunk is in raw units (uint8 pixels, metres, actions in
-[-1, 1]); every model owns its own normalisation.
+Everything in an `Observation` or an action chunk is in the robot's raw units (uint8 pixels, metres,
+radians); every model owns its own normalisation.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ class Prompt:
 class Observation:
     """What the robot sees at a chunk boundary.
 
-    images: camera name -> uint8 [*B, H, W, 3], upright (LIBERO's frames rotated by 180 degrees).
+    images: camera name -> uint8 [*B, H, W, 3], upright.
         The order of cameras is a matter of config; a dict has none under JAX.
-    proprio: float32 [*B, P], raw units (LIBERO: end-effector position, axis-angle, two fingers).
+    proprio: float32 [*B, P], raw units, named by the robot's `Embodiment`.
     prompt: the instruction in the policy's tokens.
     world_prompt: the instruction in the world model's tokens.
     """

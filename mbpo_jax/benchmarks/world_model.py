@@ -17,8 +17,8 @@ from mbpo_jax.world_model import bagel, generation, guidance
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig, variant
 from mbpo_jax.world_model.umm_world import UMMWorld
 
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-CHUNK, ACTION_DIM, PROMPT = 10, 7, 16
+CAMERAS = ("head", "wrist")
+CHUNK, ACTION_DIM, PROMPT = 10, 7, 16  # the recorded times are of one arm with a gripper
 PAPER_GUIDANCE = GuidanceConfig(text_scale=6.0, image_scale=2.0)
 EVALUATIONS = {"micro": 10, "small": 10, "bagel": 49}  # of the network per view
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mbpo_jax.envs import libero
+from mbpo_jax.envs import libero, suites
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.envs.worker import EnvSettings, Job
 from mbpo_jax.envs.workers import Backend, Death, LocalBackend, Worker
@@ -100,7 +100,7 @@ class EnvPool:
         """Runs a policy, whose name is `source`. Results come as they finish, in any order.
 
         act: maps the queries of all workers that wait for a chunk (1 to num_workers of them) to
-        actions float [q, k, 7]. Which queries come together depends on timing, so for repeatable
+        actions float [q, k, A]. Which queries come together depends on timing, so for repeatable
         episodes it must treat each by itself. Raises as `expert_episodes` does.
         """
         yield from self._run([Job(request, source) for request in requests], act)
@@ -109,7 +109,7 @@ class EnvPool:
         self, jobs: list[Job], act: Callable[[list[Query]], np.ndarray] | None
     ) -> Iterator[EpisodeResult]:
         for task_id in sorted({job.request.task_id for job in jobs}):
-            libero.task_info(self._settings.suite, task_id)  # a wrong task fails here, not later
+            suites.task_info(self._settings.suite, task_id)  # a wrong task fails here, not later
         pending = collections.deque(jobs)
         failures: collections.Counter[Job] = collections.Counter()
         done = False

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mbpo_jax.envs.libero import LiberoEnv
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.simulator import RobosuiteEnv
 from mbpo_jax.episode import Episode, action_windows
 
 VIDEO_STRIDE = 4
@@ -12,7 +12,7 @@ VIDEO_STRIDE = 4
 class Recorder:
     """Collects one episode of `env` that starts now; call `record` after every step."""
 
-    def __init__(self, env: LiberoEnv):
+    def __init__(self, env: RobosuiteEnv):
         self._env = env
         self._states = [env.state()]
         self._proprio = [env.proprio()]

@@ -12,7 +12,7 @@ class EpisodeRequest:
     """One episode to be run.
 
     task_id: of the suite that the environment or pool was made for.
-    seed / init_state_id: a random reset, or a shipped initial state; exactly one is >= 0.
+    seed / init_state_id: a random reset, or a fixed initial state; exactly one is >= 0.
     max_steps: length after which the episode has failed.
     action_noise: levels of the jitter on the expert's actions; an episode draws one of them.
     render_every: stride of the expert's frames in steps; divides the chunk, so that the frame a
@@ -57,7 +57,7 @@ class EpisodeResult:
 @dataclasses.dataclass
 class Query:
     """A policy is asked for chunk number `chunk_index` of an episode: frames camera -> uint8
-    [H, W, 3] and proprioception float32 [8]."""
+    [H, W, 3] and proprioception float32 [P]."""
 
     request: EpisodeRequest
     chunk_index: int

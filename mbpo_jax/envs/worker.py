@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from mbpo_jax.envs.expert import run_expert
-from mbpo_jax.envs.libero import LiberoEnv
+from mbpo_jax.envs import suites
 from mbpo_jax.envs.requests import EpisodeRequest, Query
-from mbpo_jax.envs.rollout import run_policy
+from mbpo_jax.envs.rollout import run_expert, run_policy
+from mbpo_jax.envs.simulator import RobosuiteEnv
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvSettings:
-    """The arguments of LiberoEnv that all episodes of a pool share."""
+    """The arguments of `suites.make_env` that all episodes of a pool share."""
 
     suite: str
     cameras: tuple[str, ...]
@@ -42,19 +42,19 @@ class Worker:
 
     def __init__(self, connection: Connection, settings: EnvSettings):
         self._connection, self._settings = connection, settings
-        self._env: LiberoEnv | None = None
+        self._env: RobosuiteEnv | None = None
 
     def run(self, job: Job) -> Any:
         env = self._environment(job.request.task_id)
         if job.source is None:
-            return run_expert(env, job.request)
+            return run_expert(env, job.request, suites.expert_actions)
         return run_policy(env, job.request, self._ask, job.source)
 
-    def _environment(self, task_id: int) -> LiberoEnv:
+    def _environment(self, task_id: int) -> RobosuiteEnv:
         if self._env is None or self._env.task_id != task_id:
             if self._env is not None:
                 self._env.close()
-            self._env = LiberoEnv(task_id=task_id, **dataclasses.asdict(self._settings))
+            self._env = suites.make_env(task_id=task_id, **dataclasses.asdict(self._settings))
         return self._env
 
     def _ask(self, query: Query) -> np.ndarray:

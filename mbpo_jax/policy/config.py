@@ -62,7 +62,7 @@ class Pi0Config:
     lora: LoraConfig = LoraConfig()
     frozen: tuple[str, ...] = ()  # patterns of paths of parameters that are not trained
     augment: bool = False  # random crop, rotation and colour of the frames in the SFT loss
-    wrist_cameras: tuple[str, ...] = ("robot0_eye_in_hand",)  # never cropped or rotated
+    wrist_cameras: tuple[str, ...] = ()  # never cropped or rotated
     advantage_conditioned: bool = False  # an optimality token ends the prompt (π*0.6)
     condition_dropout: float = 0.3  # share of SFT examples that do not see that token
     guidance: float = 1.0  # classifier-free guidance towards "optimal" in `FlowPolicy.act`

@@ -12,6 +12,7 @@ import numpy as np
 from mbpo_jax.data.normalization import read_norm_stats
 from mbpo_jax.data.pipelines import ObservationBuilder
 from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, QwenTokenizer
+from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
@@ -36,6 +37,11 @@ def dataclass_from(cls, section):
         nested = dataclasses.is_dataclass(hints[field.name])
         values[field.name] = dataclass_from(hints[field.name], value) if nested else value
     return cls(**values)
+
+
+def robot(config: Config) -> Embodiment:
+    """The robot of a config. Raises ValueError if its entries contradict each other."""
+    return dataclass_from(Embodiment, config.robot)
 
 
 def policy_tokenizer(config: Config):
@@ -105,6 +111,7 @@ def build_world_model(config: Config) -> UMMWorld:
         action_dim=config.action_dim,
         chunk=config.chunk,
         tokenizer=world_tokenizer(config),
+        action_limits=robot(config).action_limits,
     )
 
 

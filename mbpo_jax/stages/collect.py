@@ -10,9 +10,9 @@ from tqdm import tqdm
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.spool import EpisodeSpool
-from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
+from mbpo_jax.envs.suites import task_info
 from mbpo_jax.episode import Episode
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import Config, acting_program, load_policy, observation_builder
@@ -189,7 +189,7 @@ def _reset_seed(config: Config, number: int) -> int:
 
 
 def _episode_number(request: EpisodeRequest) -> int:
-    """A number that differs between the episodes of a task, random resets and shipped ones."""
+    """A number that differs between the episodes of a task, random resets and fixed states."""
     return request.seed if request.seed >= 0 else 2**30 + request.init_state_id
 
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: both policies in the simulator on the same shipped init states."""
+"""Stage `evaluate`: both policies in the simulator on the same fixed init states."""
 
 import json
 import time
@@ -7,9 +7,10 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.pool import EnvPool
+from mbpo_jax.envs.recording import VIDEO_STRIDE
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.suites import task_info
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import Config, load_policy
 from mbpo_jax.stages.collect import batched_act, make_pool, progress
@@ -17,8 +18,6 @@ from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.metrics import continue_records, read_metrics
 from mbpo_jax.types import Params
-
-VIDEO_FPS = 5  # every fourth step of a 20 Hz robot
 
 
 def evaluate(workspace: Workspace, directory: Path) -> dict:
@@ -53,12 +52,12 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
 def _requests(config: Config) -> list[EpisodeRequest]:
     requests = []
     for task in config.tasks:
-        shipped = task_info(config.suite, task).num_init_states
+        fixed = task_info(config.suite, task).num_init_states
         wanted = config.evaluation.episodes_per_task
-        if wanted > shipped:
+        if wanted > fixed:
             raise StageError(
-                f"evaluation.episodes_per_task = {wanted}, but task {task} ships only {shipped} "
-                "init states"
+                f"evaluation.episodes_per_task = {wanted}, but task {task} has only {fixed} "
+                "fixed init states"
             )
         requests += [
             EpisodeRequest(
@@ -167,7 +166,7 @@ def _film(
         (result,) = pool.policy_episodes([request], act, source="improved")
         frames = np.concatenate([result.video[c] for c in config.cameras], axis=2)
         path = directory / f"{kind}.gif"
-        iio.imwrite(path, frames, duration=1000 / VIDEO_FPS, loop=0)
+        iio.imwrite(path, frames, duration=1000 * VIDEO_STRIDE / config.robot.control_hz, loop=0)
         videos[kind] = {
             "file": path.name,
             "task": request.task_id,

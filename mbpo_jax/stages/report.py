@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mbpo_jax.stages import figures
+from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.page import Image, Section, Table, png, render
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
@@ -34,11 +35,12 @@ def write_report(workspace: Workspace, stages: Sequence[str]) -> str:
         "improve": _improve_section,
     }
     sections = [_evaluation_section(workspace, summaries)] if "evaluate" in summaries else []
+    if "imagine" in summaries:
+        sections.append(_imagined_section(summaries))
     sections += [build(workspace, summaries) for s, build in builders.items() if s in summaries]
     sections.append(_run_section(summaries))
     html = render(
-        title=f"VLA-MBPO on {config.suite}, task{'s' if len(config.tasks) > 1 else ''} "
-        + ", ".join(map(str, config.tasks)),
+        title=_title(config),
         subtitle=f"seed {config.seed}; branches of {config.rl.branch_chunks} chunks of "
         f"{config.chunk} steps; {config.rl.flow.method} log-probabilities",
         verdict=_verdict(summaries),
@@ -61,7 +63,22 @@ def _numbers(prefix: str, tree):
             yield name, value
 
 
+def _title(config: Config) -> str:
+    if "suite" not in config:
+        return f"VLA-MBPO on {config.robot.name}, from recorded episodes"
+    tasks = ", ".join(map(str, config.tasks))
+    return f"VLA-MBPO on {config.suite}, task{'s' if len(config.tasks) > 1 else ''} {tasks}"
+
+
 def _verdict(summaries: dict) -> str:
+    if "imagine" in summaries:
+        results, paired = summaries["imagine"]["policies"], summaries["imagine"]["paired"]
+        return (
+            "Success on the robot was not measured. Inside the world model, from held-out states, "
+            f"the fine-tuned policy reaches success in {_rate(results['sft'])} of branches, the "
+            f"improved one in {_rate(results['improved'])} (exact McNemar p = "
+            f"{paired['p_value']:.3g})."
+        )
     if "evaluate" not in summaries:
         return "The policies have not been evaluated yet."
     results, paired = summaries["evaluate"]["policies"], summaries["evaluate"]["paired"]
@@ -111,7 +128,8 @@ def _one_line(stage: str, s: dict) -> str:
             f"imagined success {s['imagined_success_first']:.3f} → "
             f"{s['imagined_success_last']:.3f} in {s['updates']} updates"
         )
-    return "; ".join(f"{name} {_rate(p)}" for name, p in s["policies"].items())
+    rates = "; ".join(f"{name} {_rate(p)}" for name, p in s["policies"].items())
+    return f"{rates}, all imagined" if stage == "imagine" else rates
 
 
 def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
@@ -150,12 +168,25 @@ def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
         caption = f"improved policy, {kind}: task {video['task']}, init state {video['init_state']}"
         images.append(Image(base64.b64encode(data).decode(), "gif", caption))
     text = (
-        "Both policies started from the same shipped init states, which no earlier stage has seen: "
+        "Both policies started from the same fixed init states, which no earlier stage has seen: "
         "demonstrations and rollouts start from random resets. "
         f"{summary['worker_restarts']} simulator workers died or hung; their episodes were "
         "repeated."
     )
     return Section("Success in the simulator", text, [table, pairs], images)
+
+
+def _imagined_section(summaries: dict) -> Section:
+    s = summaries["imagine"]
+    table = Table(("policy", "imagined success"), [(k, _rate(v)) for k, v in s["policies"].items()])
+    text = (
+        "Success on the robot was not measured: it takes the robot. These are the judgements of "
+        f"the world model on its own images, over {s['start_states']} branches of {s['chunks']} "
+        f"chunks from states of {s['held_out_episodes']} episodes that neither the world model nor "
+        "policy optimisation has seen (supervised fine-tuning has seen the demonstrations among "
+        "them). A policy that exploits the model's errors scores high here and fails on the robot."
+    )
+    return Section("Success in imagination, not on the robot", text, [table])
 
 
 def _data_section(workspace: Workspace, summaries: dict) -> Section:
@@ -175,7 +206,12 @@ def _data_section(workspace: Workspace, summaries: dict) -> Section:
         f"{demonstrations['mean_length']:.0f} steps on average; only successes are kept, "
         f"{demonstrations['frames']} frames."
     )
-    if rollouts:
+    if rollouts and "source" in rollouts:
+        text += (
+            f" The policy's {rollouts['episodes']} episodes from {rollouts['source']} hold "
+            f"{rollouts['successes']} successes."
+        )
+    elif rollouts:
         text += (
             f" The fine-tuned policy then ran {rollouts['episodes']} episodes from other random "
             f"resets and solved {rollouts['successes']}."
@@ -266,7 +302,7 @@ def _improve_section(workspace: Workspace, summaries: dict) -> Section:
         f"{s['updates']} updates on {s['imagined_chunks']} imagined chunks from "
         f"{s['start_states']} dataset states; the share of branches that end in success went from "
         f"{s['imagined_success_first']:.3f} to {s['imagined_success_last']:.3f} inside the model. "
-        "What that is worth in the simulator is the first section."
+        "What that is worth is in the first section."
     )
     return Section(
         "Policy optimisation in imagination", text, images=[png(figure, "PPO in the world model")]

@@ -88,6 +88,10 @@ class Workspace:
                 "stages after it there to run them again"
             )
 
+    def abandon(self, stage: str) -> None:
+        """Forgets the config of a stage that has made nothing, so that another may be tried."""
+        (self.directory(stage) / "config.json").unlink()
+
     def finish(self, stage: str, summary: dict) -> None:
         _write_json(self.directory(stage) / "done.json", summary)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, UInt8
@@ -46,6 +47,8 @@ class UMMWorld:
         cameras: views in decoding order, head view first.
         image_size: pixels per side of the observations' (square) images.
         action_dim, chunk: shape [chunk, action_dim] of the actions of one prediction.
+        action_limits: (low, high) of each action dimension in the robot's units, which the model
+            sees as -1 and 1; by default actions are in [-1, 1].
 
     Raises:
         ValueError: the configuration, the tokenizer and the image sizes do not fit together.
@@ -59,10 +62,13 @@ class UMMWorld:
         action_dim: int,
         chunk: int,
         tokenizer: Tokenizer,
+        action_limits: Sequence[tuple[float, float]] | None = None,
     ):
         _check_config(config, tokenizer)
         self.config, self.cameras, self.tokenizer = config, tuple(cameras), tokenizer
         self.image_size, self.action_dim, self.chunk = image_size, action_dim, chunk
+        limits = np.asarray(action_limits or [(-1.0, 1.0)] * action_dim, np.float32)
+        self.action_centre, self.action_scale = limits.mean(axis=1), np.ptp(limits, axis=1) / 2
         self.yes_id, self.no_id = (_answer_id(tokenizer, word) for word in ("Yes", "No"))
         self.question = [tokenizer.bos_id, *tokenizer.encode(config.question), tokenizer.eos_id]
         if config.actions_as == "text":
@@ -107,7 +113,7 @@ class UMMWorld:
         `config.proprio_dim` says so (otherwise it stays as it is).
 
         Args:
-            actions: float32 [*B, k, A], clipped to [-1, 1].
+            actions: float32 [*B, k, A], clipped to their limits.
 
         Raises:
             ValueError: a view is missing, or an image or the chunk has another shape.
@@ -362,6 +368,7 @@ class UMMWorld:
         return bagel.text_segment(params, self.config, prompt.tokens, prompt.mask)
 
     def _action(self, params, actions):
+        actions = (actions - self.action_centre) / self.action_scale
         actions = jnp.clip(actions, -1.0, 1.0)
         if self.config.actions_as == "text":
             return bagel.text_segment(params, self.config, *self.action_text(actions))

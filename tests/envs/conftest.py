@@ -1,4 +1,4 @@
-"""One simulator for all tests of this folder: making one costs seconds."""
+"""One simulator of a kind for all tests of this folder: making one costs seconds."""
 
 import importlib.util
 import textwrap
@@ -58,7 +58,7 @@ def fake_workers(tmp_path, monkeypatch):
     program = tmp_path / "worker.py"
     program.write_text(textwrap.dedent(FAKE_WORKER))
     monkeypatch.setattr("mbpo_jax.envs.workers.WORKER_COMMAND", (str(program),))
-    monkeypatch.setattr("mbpo_jax.envs.libero.task_info", lambda *_: None)
+    monkeypatch.setattr("mbpo_jax.envs.suites.task_info", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -66,5 +66,14 @@ def book_env():
     from mbpo_jax.envs.libero import LiberoEnv
 
     env = LiberoEnv("libero_10", 5, image_size=64)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="session")
+def lift_env():
+    from mbpo_jax.envs.two_arm_lift import TwoArmLiftEnv
+
+    env = TwoArmLiftEnv(image_size=32)
     yield env
     env.close()

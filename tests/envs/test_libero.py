@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from mbpo_jax.envs import libero
+from mbpo_jax.envs import simulator
 from mbpo_jax.envs.libero import LiberoEnv, task_info
 
 pytestmark = pytest.mark.libero
@@ -37,7 +37,7 @@ def test_wrong_mujoco_says_why_and_what_mends_it(monkeypatch):
 
 
 def test_the_pinned_mujoco_is_installed():
-    assert importlib.metadata.version("mujoco") == libero.MUJOCO_VERSION
+    assert importlib.metadata.version("mujoco") == simulator.MUJOCO_VERSION
 
 
 def test_missing_libero_says_how_to_install_it(monkeypatch):

@@ -10,6 +10,7 @@ class CountingEnv:
     """Succeeds at step 13; a frame shows the number of its step."""
 
     suite, task_id, cameras, image_size, chunk = "none", 0, ("head",), 2, 4
+    action_dim = 7
     instruction, goal_fraction = "count", 1.0
 
     def reset_to(self, request):

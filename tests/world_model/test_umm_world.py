@@ -383,3 +383,16 @@ def test_targets_per_example_do_not_see_each_other(params):
         return jnp.stack(losses)
 
     np.testing.assert_allclose(together, alone(params).mean(), rtol=1e-4)
+
+
+def test_actions_are_seen_relative_to_the_robots_limits():
+    unit = make_world()
+    radians = UMMWorld(
+        unit.config, CAMERAS, SIZE, 2, 3, WordTokenizer(), action_limits=((-3.0, 3.0), (0.0, 1.0))
+    )
+    params = unit.init(jax.random.key(0))
+    actions = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2)).astype(np.float32)
+    scaled = actions * np.array([3.0, 0.5], np.float32) + np.array([0.0, 0.5], np.float32)
+    expected, seen = unit._action(params, actions), radians._action(params, scaled)
+    np.testing.assert_allclose(seen.und, expected.und, atol=1e-5)
+    assert np.abs(unit._action(params, scaled).und - expected.und).max() > 1e-2

@@ -1,19 +1,25 @@
-"""The scripted expert on the default task."""
+"""LIBERO's scripted expert on the default task."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.expert import check_supported, run_expert
+from mbpo_jax.envs.libero_expert import check_supported
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.rollout import run_expert
+from mbpo_jax.envs.suites import expert_actions
 
 pytestmark = pytest.mark.libero
 
 
+def run(env, *arguments, **changes):
+    return run_expert(env, EpisodeRequest(*arguments, **changes), expert_actions)
+
+
 @pytest.fixture(scope="module")
 def clean(book_env):
-    return run_expert(book_env, EpisodeRequest(5, seed=2)).episode
+    return run(book_env, 5, seed=2).episode
 
 
 def test_it_puts_the_book_into_the_caddy(clean):
@@ -40,7 +46,7 @@ def test_without_jitter_the_labels_are_what_was_sent(clean):
 
 
 def test_jitter_is_on_the_sent_actions_of_the_arm_only(book_env):
-    noisy = run_expert(book_env, EpisodeRequest(5, seed=2, action_noise=(0.2,))).episode
+    noisy = run(book_env, 5, seed=2, action_noise=(0.2,)).episode
     assert noisy.success
     difference = noisy.actions - noisy.target_actions
     assert 0.05 < difference[..., :6].std() < 0.25
@@ -50,8 +56,8 @@ def test_jitter_is_on_the_sent_actions_of_the_arm_only(book_env):
 
 
 def test_a_repeat_is_equal_bit_for_bit_whatever_came_between(book_env, clean):
-    run_expert(book_env, EpisodeRequest(5, seed=9, max_steps=40))
-    again = run_expert(book_env, EpisodeRequest(5, seed=2)).episode
+    run(book_env, 5, seed=9, max_steps=40)
+    again = run(book_env, 5, seed=2).episode
     for field in dataclasses.fields(clean):
         before, after = getattr(clean, field.name), getattr(again, field.name)
         if isinstance(before, dict):
@@ -62,7 +68,7 @@ def test_a_repeat_is_equal_bit_for_bit_whatever_came_between(book_env, clean):
 
 
 def test_a_failure_has_no_frames(book_env):
-    result = run_expert(book_env, EpisodeRequest(5, seed=2, max_steps=20))
+    result = run(book_env, 5, seed=2, max_steps=20)
     episode = result.episode
     assert not episode.success
     assert episode.length == 20
@@ -78,4 +84,4 @@ def test_an_unknown_goal_is_refused(book_env, monkeypatch):
 
 def test_a_stride_that_does_not_divide_the_chunk_is_refused(book_env):
     with pytest.raises(ValueError, match="must divide the chunk"):
-        run_expert(book_env, EpisodeRequest(5, seed=2, render_every=3))
+        run(book_env, 5, seed=2, render_every=3)

@@ -1,13 +1,10 @@
-"""A scripted expert that sees the simulator's state and makes demonstrations.
+"""A scripted expert for LIBERO that sees the simulator's state.
 
 It reads the goal's predicates and works through them: `in` and `on` by picking and placing from
-above, `turnon` by turning a knob. Every motion is a proportional law on the distance to a target
-that itself depends on the current state only, so that the actions are smooth and a network
-can imitate them. Nothing is drawn at random except the jitter on the executed actions.
+above, `turnon` by turning a knob.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,20 +18,12 @@ from mbpo_jax.envs.geometry import (
     plan_insertion,
     rotation_about_vertical,
 )
-from mbpo_jax.envs.libero import ACTION_DIM, LiberoEnv
-from mbpo_jax.envs.recording import Recorder
-from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult
-from mbpo_jax.episode import strided_timesteps
+from mbpo_jax.envs.libero import LiberoEnv
+from mbpo_jax.envs.motion import CLOSED, DOWN, OPEN, Hand
 
 SUPPORTED_PREDICATES = ("in", "on", "turnon")
 
-_METRES, _RADIANS = 0.05, 0.5  # what an action of 1.0 commands
-_GAIN = 0.8  # at 1.5 the arm arrives sooner, but a network imitates the last centimetres worse
-_OPEN, _CLOSED = -1.0, 1.0
-_DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # the hand at yaw 0
 _ATTEMPTS = 3  # grasps of one object, and passes over the goal
-_JITTER_MEMORY = 0.85
-_JITTER_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3])
 
 Actions = Iterator[np.ndarray]
 
@@ -50,68 +39,14 @@ def check_supported(env: LiberoEnv) -> None:
             )
 
 
-def run_expert(env: LiberoEnv, request: EpisodeRequest) -> EpisodeResult:
-    """One episode of the expert, with frames if it succeeded.
-
-    The executed actions are the expert's plus autoregressive jitter on the six arm dimensions,
-    whose level is drawn from `request.action_noise`; the labels are the expert's. Frames are at
-    every `request.render_every` steps from an offset drawn from the seed, and at the last 5 steps.
-    Raises ValueError for a goal that is not supported.
-    """
-    started = time.perf_counter()
-    check_supported(env)
-    if env.chunk % request.render_every:
-        raise ValueError(
-            f"render_every={request.render_every} must divide the chunk of {env.chunk} steps"
-        )
-    env.max_steps = request.max_steps
-    env.reset_to(request)
-    random = np.random.default_rng([max(request.seed, 0), request.init_state_id + 1])
-    level = request.action_noise[random.integers(len(request.action_noise))]
-    offset = int(random.integers(request.render_every))
-    recorder = Recorder(env)
-    sent, labels = [], []
-    jitter = np.zeros(6)
-    for label in _achieve(Scene(env)):
-        innovation = random.normal(size=6) * np.sqrt(1 - _JITTER_MEMORY**2)
-        jitter = _JITTER_MEMORY * jitter + innovation
-        action = label.copy()
-        action[:6] = np.clip(label[:6] + level * jitter * _JITTER_SCALE, -1, 1)
-        env.step(action)
-        recorder.record()
-        sent.append(action)
-        labels.append(label)
-        if env.over:
-            break
-    sent = np.array(sent).reshape(-1, ACTION_DIM)
-    labels = np.array(labels).reshape(-1, ACTION_DIM)
-    timesteps = np.zeros(0, np.int32)
-    if env.success:
-        timesteps = strided_timesteps(env.num_steps, request.render_every, offset)
-    episode = recorder.episode(request, "expert", timesteps, sent, labels)
-    video = recorder.video(request.video_size)
-    return EpisodeResult(request, episode, video, time.perf_counter() - started)
-
-
 class Scene:
     """What the expert knows of the simulator: poses and surfaces by the names of the goal."""
 
     def __init__(self, env: LiberoEnv):
         self.env = env
+        self.hand = Hand(env)
         self._bodies = env.simulation.obj_body_id
         self._sites = env.simulation.object_sites_dict
-
-    @property
-    def hand(self) -> np.ndarray:
-        return self.env.data.site_xpos[self.env.eef_site].copy()
-
-    @property
-    def hand_rotation(self) -> np.ndarray:
-        return self.env.data.site_xmat[self.env.eef_site].reshape(3, 3).copy()
-
-    @property
-    def finger_width(self) -> float:
-        return float(np.ptp(self.env.data.qpos[self.env.finger_joints]))
 
     def is_true(self, goal: tuple[str, ...]) -> bool:
         return bool(self.env.simulation._eval_predicate(goal))
@@ -148,6 +83,12 @@ class Scene:
         return points, self.env.model.jnt_qposadr[joint]
 
 
+def plan(env: LiberoEnv) -> Actions:
+    """Actions [7] that achieve the goal. Raises ValueError for a goal that is not supported."""
+    check_supported(env)
+    return _achieve(Scene(env))
+
+
 def _achieve(scene: Scene) -> Actions:
     for _ in range(_ATTEMPTS):
         for goal in scene.env.goals:
@@ -162,30 +103,12 @@ def _achieve(scene: Scene) -> Actions:
 
 def _rotation_error(scene: Scene, yaw: float) -> np.ndarray:
     """Axis-angle [3] from the hand's orientation to pointing down at `yaw`."""
-    relative = rotation_about_vertical(yaw) @ _DOWN @ scene.hand_rotation.T
-    axis = np.array(
-        [
-            relative[2, 1] - relative[1, 2],
-            relative[0, 2] - relative[2, 0],
-            relative[1, 0] - relative[0, 1],
-        ]
-    )
-    sine = np.linalg.norm(axis) / 2
-    angle = np.arctan2(sine, (np.trace(relative) - 1) / 2)
-    return axis * (angle / (2 * sine)) if sine > 1e-9 else np.zeros(3)
+    return scene.hand.rotation_error(rotation_about_vertical(yaw) @ DOWN)
 
 
-def _towards(
-    scene: Scene, target: np.ndarray, yaw: float, gripper: float, pace: float = 1.0
-) -> np.ndarray:
-    """The action [7] towards a pose: proportional, limited to `pace`, horizontally and vertically
-    apart so that the arm rises at full speed while it travels."""
-    step = _GAIN * (target - scene.hand) / _METRES
-    step[:2] *= min(1.0, pace / max(np.abs(step[:2]).max(), 1e-9))
-    step[2] = np.clip(step[2], -pace, pace)
-    turn = _GAIN * _rotation_error(scene, yaw) / _RADIANS
-    turn *= min(1.0, 1.0 / max(np.linalg.norm(turn), 1e-9))
-    return np.concatenate([step, turn, [gripper]])
+def _towards(scene: Scene, target: np.ndarray, yaw: float, gripper: float) -> np.ndarray:
+    """The action [7] towards a position with the hand pointing down at `yaw`."""
+    return scene.hand.towards(target, rotation_about_vertical(yaw) @ DOWN, gripper)
 
 
 def _pick(scene: Scene, name: str) -> Actions:
@@ -195,18 +118,18 @@ def _pick(scene: Scene, name: str) -> Actions:
         grasp = plan_grasp(scene.points(name), scene.obstacles(name), attempt)
         top = scene.points(name)[:, 2].max()
         if attempt:
-            yield from _rise(scene, top + 0.10, grasp.yaw, _OPEN)
+            yield from _rise(scene, top + 0.10, grasp.yaw, OPEN)
         yield from _descend(scene, grasp, top + 0.03)
         yield from _close_fingers(scene, grasp)
-        yield from _rise(scene, grasp.position[2] + 0.04, grasp.yaw, _CLOSED)
+        yield from _rise(scene, grasp.position[2] + 0.04, grasp.yaw, CLOSED)
         if scene.position(name)[2] > height + 0.02:
             return
 
 
-def _descend(scene: Scene, grasp: Grasp, safe: float, gripper: float = _OPEN) -> Actions:
+def _descend(scene: Scene, grasp: Grasp, safe: float, gripper: float = OPEN) -> Actions:
     """Down into a funnel over the grasp: the hand is low only where it is well centred."""
     for _ in range(100):
-        error = grasp.position - scene.hand
+        error = grasp.position - scene.hand.position
         off_centre = np.linalg.norm(error[:2])
         turned = np.linalg.norm(_rotation_error(scene, grasp.yaw))
         if np.linalg.norm(error) < grasp.tolerance and turned < 0.15:
@@ -219,16 +142,16 @@ def _descend(scene: Scene, grasp: Grasp, safe: float, gripper: float = _OPEN) ->
 def _close_fingers(scene: Scene, grasp: Grasp) -> Actions:
     width = np.inf
     for step in range(15):
-        if step >= 4 and width - scene.finger_width < 0.001:
+        if step >= 4 and width - scene.hand.finger_width < 0.001:
             return
-        width = scene.finger_width
-        yield _towards(scene, grasp.position, grasp.yaw, _CLOSED)
+        width = scene.hand.finger_width
+        yield _towards(scene, grasp.position, grasp.yaw, CLOSED)
 
 
 def _rise(scene: Scene, height: float, yaw: float, gripper: float) -> Actions:
-    start = scene.hand[:2]
+    start = scene.hand.position[:2]
     for _ in range(30):
-        if scene.hand[2] > height:
+        if scene.hand.position[2] > height:
             return
         yield _towards(scene, np.array([*start, height + 0.05]), yaw, gripper)
 
@@ -237,7 +160,7 @@ def _place(scene: Scene, goal: tuple[str, ...]) -> Actions:
     """Carries the held object over its target, lowers it, lets go and withdraws."""
     name = goal[1]
     plan = _destination(scene, goal)
-    start = scene.hand[2]
+    start = scene.hand.position[2]
     for _ in range(200):
         held = scene.position(name)
         error = np.array([*plan.spot, plan.height]) - held
@@ -247,18 +170,18 @@ def _place(scene: Scene, goal: tuple[str, ...]) -> Actions:
         turned = np.linalg.norm(_rotation_error(scene, plan.yaw))
         funnel = 3 * (off_centre - 0.01) + 0.2 * max(turned - 0.2, 0)
         error[2] += np.clip(funnel, 0, plan.lift)
-        action = _towards(scene, scene.hand + error, plan.yaw, _CLOSED)
+        action = _towards(scene, scene.hand.position + error, plan.yaw, CLOSED)
         # Neighbours of the object are passed only once it is above them.
-        risen = np.clip((scene.hand[2] - start) / 0.04, 0, 1)
+        risen = np.clip((scene.hand.position[2] - start) / 0.04, 0, 1)
         action[:2] *= risen if off_centre > 0.05 else 1.0
         yield action
-        if np.linalg.norm(scene.position(name) - scene.hand) > 0.25:  # dropped on the way
+        if np.linalg.norm(scene.position(name) - scene.hand.position) > 0.25:  # dropped on the way
             return
     yield from _let_go(scene, plan.yaw)
 
 
 def _yaw(scene: Scene) -> float:
-    rotation = scene.hand_rotation @ _DOWN.T
+    rotation = scene.hand.rotation @ DOWN.T
     return float(np.arctan2(rotation[1, 0], rotation[0, 0]))
 
 
@@ -280,10 +203,10 @@ def _destination(scene: Scene, goal: tuple[str, ...]) -> Placement:
 
 
 def _let_go(scene: Scene, yaw: float) -> Actions:
-    position = scene.hand
+    position = scene.hand.position
     for _ in range(6):
-        yield _towards(scene, position, yaw, _OPEN)
-    yield from _rise(scene, position[2] + 0.1, yaw, _OPEN)
+        yield _towards(scene, position, yaw, OPEN)
+    yield from _rise(scene, position[2] + 0.1, yaw, OPEN)
 
 
 def _turn_on(scene: Scene, name: str) -> Actions:
@@ -298,5 +221,5 @@ def _turn_on(scene: Scene, name: str) -> Actions:
     for step in range(60):
         if scene.env.data.qpos[address] > 0.7:
             break
-        yield _towards(scene, position, grasp.yaw + min(1.4, 0.06 * (step + 1)), _CLOSED)
+        yield _towards(scene, position, grasp.yaw + min(1.4, 0.06 * (step + 1)), CLOSED)
     yield from _let_go(scene, _yaw(scene))

@@ -1,0 +1,22 @@
+"""VLA-MBPO on a robot without a simulator: the part of the config that all robots share."""
+
+import ml_collections
+
+from configs import libero_long
+from mbpo_jax.embodiment import Embodiment
+
+
+def get_config(robot: Embodiment, variant: str = "micro") -> ml_collections.ConfigDict:
+    """The locked config of a variant of `configs/libero_long.py` for a robot.
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+    c = libero_long.get_config(variant, robot=robot)
+    with c.unlocked():
+        for simulated in ("suite", "tasks", "max_steps", "workers", "evaluation", "fidelity"):
+            del c[simulated]
+        # Datasets of episodes, as `mbpo_jax.data.episodes.write_episodes` leaves them.
+        c.demonstrations = ml_collections.ConfigDict({"dataset": ""})  # teleoperated successes
+        c.rollouts = ml_collections.ConfigDict({"dataset": ""})  # of the fine-tuned policy
+    return c

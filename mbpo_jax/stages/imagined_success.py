@@ -1,0 +1,94 @@
+"""Stage `imagine`: both policies inside the world model, from states that it was not trained on.
+
+This is what can be said of a policy without a robot. It is no measurement of success on one.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mbpo_jax.data.pipelines import branch_starts, collate
+from mbpo_jax.rl.imagination import imagine
+from mbpo_jax.stages.build import (
+    abstract_params,
+    build_world_model,
+    load_policy,
+    observation_builder,
+)
+from mbpo_jax.stages.finetune_world_model import world_model_episodes
+from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
+from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.checkpoints import load_params
+
+START_STATES = 128
+
+
+def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
+    """Shares of branches of `world_model.horizon` chunks from held-out states that end in imagined
+    success, with their 95 % Wilson intervals, and both policies paired by state.
+
+    Raises:
+        StageError: no episodes were held out.
+    """
+    config = workspace.config
+    for stage in ("sft", "world_model", "improve"):
+        workspace.require(stage)
+    world = build_world_model(config)
+    world_params = load_params(
+        workspace.directory("world_model") / "world_model", abstract_params(world)
+    )
+    _, held_out = world_model_episodes(workspace)
+    states = branch_starts(held_out, observation_builder(config))
+    if not len(states):
+        raise StageError("no states are held out; raise --config.world_model.holdout_fraction")
+    wanted = np.linspace(0, len(states) - 1, START_STATES).round().astype(int)
+    succeeded = {}
+    for name, stage in (("sft", "sft"), ("improved", "improve")):
+        policy, params = load_policy(
+            config, workspace.directory("sft"), workspace.directory(stage) / "policy"
+        )
+
+        @jax.jit
+        def success(params, world_params, start, key, policy=policy):
+            branch = imagine(
+                policy,
+                world,
+                params,
+                world_params,
+                start,
+                key,
+                chunks=config.world_model.horizon,
+                reward_threshold=config.rl.reward_threshold,
+            )
+            return (branch.reward > 0).any(0)
+
+        parts = []
+        for i in range(0, START_STATES, config.rl.imagination_batch):
+            start = collate([states[j] for j in wanted[i : i + config.rl.imagination_batch]])
+            key = jax.random.fold_in(jax.random.key(config.seed + 7), i)
+            parts.append(np.asarray(success(params, world_params, start, key)))
+        succeeded[name] = np.concatenate(parts)
+    sft, improved = succeeded["sft"], succeeded["improved"]
+    first, second = int((sft & ~improved).sum()), int((improved & ~sft).sum())
+    return {
+        "held_out_episodes": len(held_out),
+        "start_states": START_STATES,
+        "chunks": config.world_model.horizon,
+        "policies": {name: _rate(x) for name, x in succeeded.items()},
+        "paired": {
+            "sft_only": first,
+            "improved_only": second,
+            "p_value": mcnemar_exact(first, second),
+        },
+    }
+
+
+def _rate(succeeded: np.ndarray) -> dict:
+    successes, trials = int(succeeded.sum()), len(succeeded)
+    return {
+        "episodes": trials,
+        "successes": successes,
+        "success_rate": successes / trials,
+        "interval": list(wilson_interval(successes, trials)),
+    }
