@@ -68,7 +68,18 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.worker_backend = "local"  # or "ray": on the hosts of the cluster that ray.init() finds
 
     c.parallel = ml_collections.ConfigDict()
-    c.parallel.fsdp = 8  # devices over which large parameters are split
+    c.parallel.fsdp = 8  # devices over which parameters are split; the others repeat them
+    # Dimensions of a parameter that may be split, in order of preference, by a pattern of its name.
+    # The layer axis is first and never split: layers are gathered one at a time.
+    c.parallel.rules = (
+        ("(embedding|input_embedding|pos_embedding)$", (-1,)),  # width; the vocabulary stays whole
+        ("(q_einsum|kv_einsum|qkv_einsum)/w$", (-2,)),  # [..., heads, width, head]
+        ("(query|key|value)/kernel$", (-3,)),  # [..., width, heads, head]
+        ("attn_vec_einsum/w$|out/kernel$", (-1,)),  # [..., heads, head, width]
+        ("(kernel|gating_einsum|linear)$", (-2, -1)),
+    )
+    c.parallel.world_model = "replicated"  # in policy optimisation; or "sharded", "offloaded"
+    c.parallel.rollout = "shard_map"  # or "pmap", for models that fit a device
 
     c.checkpoints = ml_collections.ConfigDict()
     c.checkpoints.keep = 1  # newest training states kept, beside the best in imagination
@@ -94,6 +105,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.sft.rollouts = ""  # dataset of an earlier run's rollouts, with policy.advantage_conditioned
     c.sft.steps = 30_000
     c.sft.batch_size = 256
+    c.sft.gradient_accumulation = 1  # slices of a batch, one after the other
     c.sft.learning_rate = 2.5e-5
     c.sft.warmup_steps = 1000
     c.sft.weight_decay = 1e-4
@@ -138,6 +150,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl.checkpoint_every = 50  # updates, at least; checkpoints are made where branches are fresh
     c.rl.critic_warmup = 50 if suite == "libero_10" else 10
     c.rl.minibatch_size = 512
+    c.rl.gradient_accumulation = 1
     c.rl.actor_lr = 5e-6
     c.rl.critic_lr = 1e-4
     c.rl.weight_decay = 1e-4
@@ -161,6 +174,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
 def _training(*, steps: int, learning_rate: float) -> ml_collections.ConfigDict:
     t = ml_collections.ConfigDict()
     t.steps = steps
+    t.gradient_accumulation = 1
     t.learning_rate = learning_rate
     t.warmup_steps = 100
     t.weight_decay = 1e-4

@@ -42,11 +42,20 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
             "improve, evaluate, report; without a list all but fidelity. A robot without a "
             "simulator has imagine instead of evaluate, and no fidelity",
         )
+        coordinator = flags.DEFINE_string(
+            "coordinator", None, "HOST:PORT of process 0 of several; by default from the cluster"
+        )
+        processes = flags.DEFINE_integer("processes", None, "how many processes there are")
+        process = flags.DEFINE_integer("process", None, "index of this process")
 
     def main(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
         logging.set_verbosity(logging.WARNING)  # the checkpoint library tells every save
+        from mbpo_jax.training.sharding import start_processes
+
+        with one_message():
+            start_processes(coordinator.value, processes.value, process.value)
         from mbpo_jax import pipeline  # after the flags, so that --help is instant
 
         run_name = _run_name(config_flags.get_config_filename(flags.FLAGS["config"]))

@@ -91,6 +91,7 @@ class Branch:
     `observation` is where each chunk began. `reward`, `done` and `valid` are float32: the reward
     decoded at the chunk's end, whether the branch ended there, and 0 for chunks after that end.
     `last_observation` and its value `bootstrap_value` (leading axis [M]) follow the last chunk.
+    `advantage` and `target` are None until they are computed from the rest.
     """
 
     observation: Observation
@@ -103,6 +104,8 @@ class Branch:
     valid: Array
     last_observation: Observation
     bootstrap_value: Array
+    advantage: Array | None = None
+    target: Array | None = None
 
 
 class Policy(Protocol):

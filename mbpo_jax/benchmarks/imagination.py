@@ -19,7 +19,7 @@ from mbpo_jax.benchmarks.timing import interleave, matmul_peak, measured, timed
 from mbpo_jax.benchmarks.world_model import awake
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.rl.imagination import imagine
+from mbpo_jax.rl.imagination import branch_keys, imagine
 from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
 from mbpo_jax.types import Observation, Params
 from mbpo_jax.world_model.umm_world import UMMWorld
@@ -47,7 +47,7 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
             params,
             world_params,
             start,
-            key,
+            branch_keys(key, jnp.arange(batch)),
             chunks=chunks,
             reward_threshold=threshold,
         )

@@ -203,18 +203,23 @@ def batches(
     seed: int,
     start_step: int = 0,
     weights: Sequence[float] | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
 ) -> Iterator[Any]:
-    """Endless shuffled batches, reshuffled every epoch; leaves are NumPy [batch_size, ...].
+    """Endless shuffled batches, reshuffled every epoch; leaves are NumPy [rows, ...].
 
-    Batch i depends on `seed` and i alone, so a stopped run resumes with `start_step=i`.
+    Batch i depends on `seed` and i alone, so a stopped run resumes with `start_step=i`. A process
+    reads and yields its own rows (`process_rows`) of the `batch_size`.
 
     Args:
         source: one source, or several to be mixed.
         weights: shares of the several sources in a batch; equal by default.
+        shard: which of how many processes reads; this one of JAX's by default.
 
     Raises:
-        ValueError: a source without records.
+        ValueError: a source without records, or a batch that the processes do not divide.
     """
+    shard = shard or grain.sharding.ShardByJaxProcess()
+    rows = process_rows(batch_size, shard)
     sources = [source] if isinstance(source, Source) else list(source)
     for i, part in enumerate(sources):
         if not len(part):
@@ -224,8 +229,25 @@ def batches(
         for i, part in enumerate(sources)
     ]
     mixed = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
-    batched = mixed.batch(batch_size, drop_remainder=True, batch_fn=collate)
-    return (batched[i] for i in itertools.count(start_step))
+    shares = mixed.batch(len(rows), drop_remainder=True, batch_fn=collate)
+    first = start_step * shard.shard_count + shard.shard_index
+    return (shares[i] for i in itertools.count(first, shard.shard_count))
+
+
+def process_rows(batch_size: int, shard: grain.sharding.ShardOptions | None = None) -> np.ndarray:
+    """Numbers int32 of the rows of a batch that a process holds, by default this one: equal and
+    contiguous shares, in the order of the processes.
+
+    Raises:
+        ValueError: the processes do not divide the batch.
+    """
+    shard = shard or grain.sharding.ShardByJaxProcess()
+    if batch_size % shard.shard_count:
+        raise ValueError(
+            f"a batch of {batch_size} does not divide over {shard.shard_count} processes"
+        )
+    share = batch_size // shard.shard_count
+    return np.arange(share, dtype=np.int32) + shard.shard_index * share
 
 
 def collate(records: Sequence[Any]) -> Any:

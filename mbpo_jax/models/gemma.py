@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mbpo_jax.models.layers import SCAN, LayerLoop, lecun_normal, linear, matmul, unstack
+from mbpo_jax.models.layers import (
+    SCAN,
+    LayerLoop,
+    gathered,
+    lecun_normal,
+    linear,
+    matmul,
+    unstack,
+)
 
 RMS_EPSILON = 1e-6
 ROPE_WAVELENGTH = 10_000.0
@@ -96,7 +104,7 @@ def init(
 
 def embed(params: dict, tokens: jax.Array) -> jax.Array:
     """Token ids int32 [*B, S] -> float32 [*B, S, D], scaled by sqrt(D) as Gemma does."""
-    table = params["embedder"]["input_embedding"]
+    table = gathered(params["embedder"]["input_embedding"])
     return table[tokens] * table.shape[-1] ** 0.5
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from mbpo_jax.models.layers import LayerLoop, linear
+from mbpo_jax.models.layers import LayerLoop, gathered, linear
 
 Params = Any
 EXPERTS = ("und", "gen")
@@ -123,12 +123,13 @@ def init(config: MoTConfig, key: Array) -> Params:
 
 def embed_text(params: Params, config: MoTConfig, ids: Int[Array, "*B n"]) -> Array:
     """Token embeddings [*B, n, D]."""
-    return params["embed_tokens"]["embedding"][ids].astype(config.dtype)
+    table = gathered(params["embed_tokens"]["embedding"].astype(config.dtype))
+    return table[ids]
 
 
 def logits(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
     """Next-token logits in float32, from understanding tokens after the final norm."""
-    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+    kernel = gathered(params["lm_head"]["kernel"].astype(hidden.dtype))
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 

@@ -71,16 +71,24 @@ def normalize_advantages(
     return (advantage - mean) / (jnp.sqrt(variance) + 1e-5)
 
 
-def learning_batch(branch: Branch, discount: float, gae_lambda: float, normalize: bool) -> PPOBatch:
-    """Flattens a branch [n, M] into chunks [n * M] with advantages and value targets.
-
-    Args:
-        discount, gae_lambda: per chunk.
-        normalize: whether advantages are normalised over the valid chunks.
-    """
+def with_advantages(branch: Branch, discount: float, gae_lambda: float) -> Branch:
+    """The branch with its `generalized_advantages`; `discount` and `gae_lambda` act per chunk."""
     advantage, target = generalized_advantages(
         branch.reward, branch.value, branch.done, branch.bootstrap_value, discount, gae_lambda
     )
+    return branch.replace(advantage=advantage, target=target)
+
+
+def learning_batch(branch: Branch, normalize: bool) -> PPOBatch:
+    """Flattens a branch [n, M] with advantages into chunks [M * n].
+
+    The chunks of a branch are neighbours, so that a batch that is split over devices stays where
+    its branches are.
+
+    Args:
+        normalize: whether advantages are normalised over the valid chunks.
+    """
+    advantage = branch.advantage
     if normalize:
         advantage = normalize_advantages(advantage, branch.valid)
     batch = PPOBatch(
@@ -89,7 +97,7 @@ def learning_batch(branch: Branch, discount: float, gae_lambda: float, normalize
         log_prob=branch.log_prob,
         value=branch.value,
         advantage=advantage,
-        target=target,
+        target=branch.target,
         valid=branch.valid,
     )
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), batch)

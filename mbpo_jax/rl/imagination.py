@@ -1,9 +1,17 @@
 """The branched rollout: policy and world model in one `lax.scan`, with no host round trip."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from mbpo_jax.gradients import join_rows, split_rows
 from mbpo_jax.types import Array, Branch, Observation, Params, Policy, WorldModel
+
+# The axis of the start states in each field of a `Branch`.
+ROW_AXES = Branch(**dict.fromkeys(Branch.__dataclass_fields__, 1)).replace(
+    last_observation=0, bootstrap_value=0
+)
 
 
 def imagine(
@@ -12,7 +20,7 @@ def imagine(
     policy_params: Params,
     world_params: Params,
     start: Observation,
-    key: Array,
+    keys: Array,
     *,
     chunks: int,
     reward_threshold: float,
@@ -25,8 +33,12 @@ def imagine(
     imagine the views a chunk later, decode whether the task is done there. A branch ends at its
     first success; what follows it is computed but marked invalid.
 
+    Each branch is a function of its own start state and key, so that how branches are grouped, or
+    spread over devices, does not matter.
+
     Args:
         start: observations of M start states (leading axis [M]).
+        keys: random keys [M], one for each branch (see `branch_keys`).
         chunks: n, the branch length; for full-horizon imagination the episode's.
         reward_threshold: the reward is 1 where the decoded probability is above this.
         reward_weight: what a reward at a chunk's last step counts (`chunk_discount`).
@@ -35,71 +47,77 @@ def imagine(
         a `Branch` with leading axes [n, M].
     """
 
-    def chunk_step(carry, chunk_key):
-        observation, alive = carry
-        sample_key, world_key = jax.random.split(chunk_key)
-        prefix = policy.encode(policy_params, observation)
-        sample = policy.sample(policy_params, prefix, sample_key)
-        value = policy.value(policy_params, prefix)
-        following = world.step(world_params, observation, sample.actions, world_key)
-        done = (world.reward(world_params, following) > reward_threshold).astype(jnp.float32)
-        record = {
-            "observation": observation,
-            "chain": sample.chain,
-            "actions": sample.actions,
-            "log_prob": sample.log_prob,
-            "value": value,
-            "reward": reward_weight * done * alive,
-            "done": done,
-            "valid": alive,
-        }
-        return (following, alive * (1.0 - done)), record
+    def branch(start, key):
+        def chunk_step(carry, chunk_key):
+            observation, alive = carry
+            sample_key, world_key = jax.random.split(chunk_key)
+            prefix = policy.encode(policy_params, observation)
+            sample = policy.sample(policy_params, prefix, sample_key)
+            value = policy.value(policy_params, prefix)
+            following = world.step(world_params, observation, sample.actions, world_key)
+            done = (world.reward(world_params, following) > reward_threshold).astype(jnp.float32)
+            record = {
+                "observation": observation,
+                "chain": sample.chain,
+                "actions": sample.actions,
+                "log_prob": sample.log_prob,
+                "value": value,
+                "reward": reward_weight * done * alive,
+                "done": done,
+                "valid": alive,
+            }
+            return (following, alive * (1.0 - done)), record
 
-    alive = jnp.ones(start.proprio.shape[0], jnp.float32)
-    (last, _), records = jax.lax.scan(chunk_step, (start, alive), jax.random.split(key, chunks))
-    bootstrap = policy.value(policy_params, policy.encode(policy_params, last))
+        alive = jnp.ones(1, jnp.float32)
+        chunk_keys = jax.random.split(key, chunks)
+        (last, _), records = jax.lax.scan(chunk_step, (_batch_of_one(start), alive), chunk_keys)
+        bootstrap = policy.value(policy_params, policy.encode(policy_params, last))
+        records = jax.tree.map(lambda x: x[:, 0], records)
+        return records, jax.tree.map(lambda x: x[0], (last, bootstrap))
+
+    records, (last, bootstrap) = jax.vmap(branch, out_axes=(1, 0))(start, keys)
     return Branch(**records, last_observation=last, bootstrap_value=bootstrap)
 
 
-def imagine_in_microbatches(imagine_fn, start: Observation, key: Array, micro_batch: int) -> Branch:
-    """Runs `imagine_fn(start, key) -> Branch` over slices of `micro_batch` start states, one after
-    the other, so that memory does not grow with their number M.
+def branch_keys(key: Array, rows: Array) -> Array:
+    """Keys [M] of the branches whose numbers among all start states are `rows`, int [M]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+def imagine_in_microbatches(
+    imagine_fn: Callable[[Observation, Array], Branch],
+    start: Observation,
+    keys: Array,
+    slices: int,
+) -> Branch:
+    """Runs `imagine_fn(start, keys)` over `slices` parts of the M start states, one after the
+    other, so that memory does not grow with M. The result is that of one call.
 
     Raises:
-        ValueError: when M is not a multiple of `micro_batch`.
+        ValueError: when M is not a multiple of `slices`.
     """
-    total = start.proprio.shape[0]
-    if total % micro_batch:
-        raise ValueError(
-            f"rl.start_states = {total} is not a multiple of rl.imagination_batch = {micro_batch}"
-        )
-    slices = total // micro_batch
-    sliced = jax.tree.map(lambda x: x.reshape(slices, micro_batch, *x.shape[1:]), start)
-    branches = jax.lax.map(lambda xs: imagine_fn(*xs), (sliced, jax.random.split(key, slices)))
-
-    def join(x):  # [slices, n, micro_batch, ...] -> [n, M, ...]
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], total, *x.shape[3:])
-
-    def join_last(x):  # [slices, micro_batch, ...] -> [M, ...]
-        return x.reshape(total, *x.shape[2:])
-
-    last = jax.tree.map(join_last, (branches.last_observation, branches.bootstrap_value))
+    branches = jax.lax.map(lambda xs: imagine_fn(*xs), split_rows((start, keys), slices))
+    last = join_rows((branches.last_observation, branches.bootstrap_value))
     per_chunk = branches.replace(last_observation=None, bootstrap_value=None)
-    return jax.tree.map(join, per_chunk).replace(last_observation=last[0], bootstrap_value=last[1])
+    per_chunk = jax.vmap(join_rows, in_axes=1)(per_chunk)
+    return per_chunk.replace(last_observation=last[0], bootstrap_value=last[1])
 
 
-def recompute_values(policy: Policy, params: Params, branch: Branch, micro_batch: int) -> Branch:
-    """The same branch with the current critic's values of all its observations."""
+def recompute_values(policy: Policy, params: Params, branch: Branch, slices: int) -> Branch:
+    """The same branch with the current critic's values of all its observations, computed for
+    `slices` parts of the start states, one after the other."""
 
     def values(observation):
-        def value(one):
-            batch = jax.tree.map(lambda x: x[None], one)
-            return policy.value(params, policy.encode(params, batch))[0]
+        def slice_values(rows):
+            return policy.value(params, policy.encode(params, rows))
 
-        return jax.lax.map(value, observation, batch_size=micro_batch)
+        return join_rows(jax.lax.map(slice_values, split_rows(observation, slices)))
 
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), branch.observation)
     return branch.replace(
-        value=values(flat).reshape(branch.value.shape),
+        value=jax.lax.map(values, branch.observation),
         bootstrap_value=values(branch.last_observation),
     )
+
+
+def _batch_of_one(observation: Observation) -> Observation:
+    return jax.tree.map(lambda x: x[None], observation)

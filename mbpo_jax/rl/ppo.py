@@ -8,6 +8,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float
 
+from mbpo_jax.gradients import join_rows, summed_value_and_grad
 from mbpo_jax.types import Observation, Params, Policy
 
 
@@ -105,6 +106,8 @@ class PPO:
         critic_warmup: updates that leave the actor as it is.
         trainable: tree of bools like the actor's parameters, False where the policy stops the
             gradient; None for all True.
+        gradient_accumulation: slices of a minibatch whose gradients are computed one after the
+            other; the update is the same.
     """
 
     def __init__(
@@ -120,8 +123,10 @@ class PPO:
         huber_delta: float,
         critic_warmup: int,
         trainable: Params | None = None,
+        gradient_accumulation: int = 1,
     ):
         self.policy = policy
+        self.gradient_accumulation = gradient_accumulation
         self.clip_ratio, self.value_clip, self.huber_delta = clip_ratio, value_clip, huber_delta
         self.critic_warmup = critic_warmup
 
@@ -143,12 +148,16 @@ class PPO:
             step=jnp.zeros((), jnp.int32),
         )
 
-    def loss(self, params: Params, batch: PPOBatch) -> tuple[Array, dict[str, Array]]:
-        """Actor loss + critic loss and their metrics. The critic reads stop-gradient features, so
-        that the sum's gradient is each network's own."""
+    def loss(self, params: Params, batch: PPOBatch) -> tuple[Array, tuple[Array, Array]]:
+        """Actor loss + critic loss, and the log-probabilities and values [N] behind them. The
+        critic reads stop-gradient features, so that the sum's gradient is each network's own."""
         prefix = self.policy.encode(params, batch.observation)
         log_prob = self.policy.log_prob(params, prefix, batch.chain)
         value = self.policy.value(params, prefix)
+        surrogate, _, value_loss = self._losses(log_prob, value, batch)
+        return surrogate + value_loss, (log_prob, value)
+
+    def _losses(self, log_prob, value, batch):
         surrogate, metrics = actor_loss(
             log_prob,
             batch.log_prob,
@@ -160,18 +169,35 @@ class PPO:
         value_loss = critic_loss(
             value, batch.value, batch.target, batch.valid, self.value_clip, self.huber_delta
         )
-        metrics |= {
+        return surrogate, metrics, value_loss
+
+    def metrics(self, log_prob: Array, value: Array, batch: PPOBatch) -> dict[str, Array]:
+        """What is worth watching of the current log-probabilities and values [N] of a batch."""
+        surrogate, metrics, value_loss = self._losses(log_prob, value, batch)
+        return metrics | {
             "actor_loss": surrogate,
             "critic_loss": value_loss,
             "value_error": jnp.sqrt(masked_mean(jnp.square(value - batch.target), batch.valid)),
             "explained_variance": explained_variance(value, batch.target, batch.valid),
             "value": masked_mean(value, batch.valid),
         }
-        return surrogate + value_loss, metrics
+
+    def gradient(self, params: Params, batch: PPOBatch) -> tuple[Params, dict[str, Array]]:
+        """The gradient of `loss` and the metrics, in slices of the batch if so configured."""
+
+        def slice_loss(params, rows, index):
+            # A mean over valid chunks is the sum of the slices' means, each with its share of them.
+            share = rows.valid.sum() / jnp.maximum(batch.valid.sum(), 1.0)
+            loss, outputs = self.loss(params, rows)
+            return loss * share, outputs
+
+        accumulate = summed_value_and_grad(slice_loss, self.gradient_accumulation)
+        (_, outputs), gradient = accumulate(params, batch)
+        return gradient, self.metrics(*join_rows(outputs), batch)
 
     def update(self, state: PPOState, batch: PPOBatch) -> tuple[PPOState, dict[str, Array]]:
         """One gradient step on one minibatch. During warm-up the actor stays bit for bit."""
-        (_, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, batch)
+        grads, metrics = self.gradient(state.params, batch)
         warm = state.step >= self.critic_warmup
         actor_updates, actor_opt = self.actor_tx.update(
             grads["actor"], state.actor_opt, state.params["actor"]

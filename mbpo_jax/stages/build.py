@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from mbpo_jax.data.normalization import read_norm_stats
 from mbpo_jax.data.pipelines import ObservationBuilder
@@ -18,6 +19,7 @@ from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.workspace import config_entries
 from mbpo_jax.training.checkpoints import load_params
+from mbpo_jax.training.sharding import Rules, parameter_sharding
 from mbpo_jax.types import Array, Observation, Params
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.umm_world import UMMWorld
@@ -126,8 +128,14 @@ def checkpoint_origin(
     }
 
 
-def abstract_params(model) -> Params:
-    """Shapes, dtypes and a single-device placement of a model's parameters."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def abstract_params(model, mesh: Mesh | None = None, rules: Rules = ()) -> Params:
+    """Shapes, dtypes and placement of a model's parameters: on one device of this process, or split
+    over a mesh (`parameter_sharding`)."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = (
+        parameter_sharding(shapes, mesh, rules) if mesh else jax.tree.map(lambda _: device, shapes)
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )

@@ -10,10 +10,11 @@ from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
 from mbpo_jax.data.pipelines import batches, demonstrations
 from mbpo_jax.policy.checkpoint import load_openpi
+from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import build_policy, checkpoint_origin, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
-from mbpo_jax.training.loop import fit
+from mbpo_jax.training.loop import LossFn, fit
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 
 
@@ -38,22 +39,22 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     policy = build_policy(config, stats)
     params = policy.init(jax.random.key(config.seed))
     if config.pretrained.policy:
-        shardings = parameter_sharding(params["actor"], make_mesh(config.parallel.fsdp))
+        shardings = parameter_sharding(
+            params["actor"], make_mesh(config.parallel.fsdp), config.parallel.rules
+        )
         params["actor"] = load_openpi(config.pretrained.policy, policy.config, shardings)
-
-    def loss_fn(actor, frozen, batch, key):
-        return policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)
 
     section = config.sft.to_dict()
     del section["rollouts"]
     batch_size = section.pop("batch_size")
     actor = fit(
-        loss_fn,
+        flow_matching_loss(policy),
         params["actor"],
         {},
         lambda first: batches(source, batch_size, config.seed, start_step=first),
         directory=directory,
         mesh=make_mesh(config.parallel.fsdp),
+        rules=config.parallel.rules,
         seed=config.seed,
         name="policy fine-tuning",
         keep=config.checkpoints.keep,
@@ -71,3 +72,12 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
         "parameters": sum(x.size for x in jax.tree.leaves(actor)),
         "steps": section["steps"],
     }
+
+
+def flow_matching_loss(policy: FlowPolicy) -> LossFn:
+    """The policy's loss on `Demonstration`s."""
+
+    def loss_fn(actor, frozen, batch, key):
+        return policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)
+
+    return loss_fn

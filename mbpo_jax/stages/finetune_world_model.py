@@ -15,6 +15,7 @@ from mbpo_jax.data.pipelines import (
     batches,
     by_label,
     collate,
+    process_rows,
     reward_examples,
     split_episodes,
     transition_sequences,
@@ -99,9 +100,11 @@ def _initial_params(config: Config, world: UMMWorld) -> Params:
     """BAGEL's checkpoint where the config names one, else fresh parameters."""
     if not config.pretrained.world_model:
         return world.init(jax.random.key(config.seed))
-    mesh = make_mesh(config.parallel.fsdp)
+    mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
     sizes, params = load_bagel(
-        config.pretrained.world_model, world.config, lambda tree: parameter_sharding(tree, mesh)
+        config.pretrained.world_model,
+        world.config,
+        lambda tree: parameter_sharding(tree, mesh, rules),
     )
     if sizes != world.config:
         raise StageError(
@@ -128,7 +131,7 @@ def _train_vae(
         step = first
         while True:
             rng = np.random.default_rng((config.seed, step))
-            yield frames[rng.integers(len(frames), size=batch_size)]
+            yield frames[rng.integers(len(frames), size=batch_size)[process_rows(batch_size)]]
             step += 1
 
     vae = fit(
@@ -138,6 +141,7 @@ def _train_vae(
         image_batches,
         directory=directory,
         mesh=make_mesh(config.parallel.fsdp),
+        rules=config.parallel.rules,
         seed=config.seed + 1,
         name="image autoencoder",
         keep=config.checkpoints.keep,
@@ -167,6 +171,7 @@ def train_dynamics(
         joint_batches(config, world, params, sources, episodes),
         directory=directory,
         mesh=make_mesh(config.parallel.fsdp),
+        rules=config.parallel.rules,
         seed=config.seed + 2,
         name="world model",
         keep=config.checkpoints.keep,

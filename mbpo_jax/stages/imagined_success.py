@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mbpo_jax.data.pipelines import branch_starts, collate
-from mbpo_jax.rl.imagination import imagine
+from mbpo_jax.rl.imagination import branch_keys, imagine
 from mbpo_jax.stages.build import (
     abstract_params,
     build_world_model,
@@ -50,14 +50,14 @@ def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
         )
 
         @jax.jit
-        def success(params, world_params, start, key, policy=policy):
+        def success(params, world_params, start, keys, policy=policy):
             branch = imagine(
                 policy,
                 world,
                 params,
                 world_params,
                 start,
-                key,
+                keys,
                 chunks=config.world_model.horizon,
                 reward_threshold=config.rl.reward_threshold,
             )
@@ -65,9 +65,10 @@ def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
 
         parts = []
         for i in range(0, START_STATES, config.rl.imagination_batch):
-            start = collate([states[j] for j in wanted[i : i + config.rl.imagination_batch]])
-            key = jax.random.fold_in(jax.random.key(config.seed + 7), i)
-            parts.append(np.asarray(success(params, world_params, start, key)))
+            rows = np.arange(i, min(i + config.rl.imagination_batch, START_STATES))
+            start = collate([states[j] for j in wanted[rows]])
+            keys = branch_keys(jax.random.key(config.seed + 7), rows)
+            parts.append(np.asarray(success(params, world_params, start, keys)))
         succeeded[name] = np.concatenate(parts)
     sft, improved = succeeded["sft"], succeeded["improved"]
     first, second = int((sft & ~improved).sum()), int((improved & ~sft).sum())

@@ -1,18 +1,25 @@
 """Stage `improve`: PPO on branches imagined by the world model."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mbpo_jax.data.normalization import read_norm_stats
-from mbpo_jax.data.pipelines import Source, batches, branch_starts
-from mbpo_jax.rl.gae import chunk_discount, learning_batch
-from mbpo_jax.rl.imagination import imagine, imagine_in_microbatches, recompute_values
+from mbpo_jax.data.pipelines import Source, batches, branch_starts, process_rows
+from mbpo_jax.rl.gae import chunk_discount, learning_batch, with_advantages
+from mbpo_jax.rl.imagination import (
+    ROW_AXES,
+    branch_keys,
+    imagine,
+    imagine_in_microbatches,
+    recompute_values,
+)
 from mbpo_jax.rl.ppo import PPO, PPOState
 from mbpo_jax.stages.build import (
     Config,
@@ -31,7 +38,10 @@ from mbpo_jax.training.nonfinite import NonFiniteGuard, skip_nonfinite
 from mbpo_jax.training.profiling import StepProfiler
 from mbpo_jax.training.sharding import (
     batch_sharding,
+    frozen_weight_sharding,
     make_mesh,
+    map_rows,
+    on_mesh,
     parameter_sharding,
     shard_batch,
 )
@@ -47,9 +57,10 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
     stats = read_norm_stats(sft / "norm_stats.json")
     policy = build_policy(config, stats)
     world = build_world_model(config)
-    params = load_params(sft / "policy", abstract_params(policy))
+    layout = make_mesh(config.parallel.fsdp), config.parallel.rules
+    params = load_params(sft / "policy", abstract_params(policy, *layout))
     world_params = load_params(
-        workspace.directory("world_model") / "world_model", abstract_params(world)
+        workspace.directory("world_model") / "world_model", abstract_params(world, *layout)
     )
     episodes, _ = world_model_episodes(workspace)
     starts = branch_starts(episodes, observation_builder(config))
@@ -65,7 +76,7 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
         policy,
         world,
         params,
-        world_params,
+        world.for_inference(world_params),
         starts,
         directory=directory,
         origin=checkpoint_origin(
@@ -119,23 +130,13 @@ def optimize_policy(
         OSError: a checkpoint cannot be written; earlier ones are kept.
     """
     rl = config.rl
-    mesh = make_mesh(config.parallel.fsdp)
-    ppo = PPO(
-        policy,
-        actor_lr=rl.actor_lr,
-        critic_lr=rl.critic_lr,
-        weight_decay=rl.weight_decay,
-        grad_clip=rl.grad_clip,
-        clip_ratio=rl.clip_ratio,
-        value_clip=rl.value_clip,
-        huber_delta=rl.huber_delta,
-        critic_warmup=rl.critic_warmup,
-        trainable=trainable,
-    )
-    state = ppo.init(params)
-    state = jax.device_put(state, parameter_sharding(state, mesh))
-    world_params = jax.device_put(world_params, parameter_sharding(world_params, mesh))
-    refill, revalue, update = _programs(config, policy, world, ppo)
+    mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
+    ppo = make_ppo(config, policy, trainable)
+    shardings = parameter_sharding(jax.eval_shape(ppo.init, params), mesh, rules)
+    state = jax.jit(ppo.init, out_shardings=shardings)(jax.device_put(params, shardings.params))
+    at_rest = frozen_weight_sharding(world_params, mesh, rules, config.parallel.world_model)[0]
+    world_params = jax.device_put(world_params, at_rest)
+    refill, revalue, update = programs(config, policy, world, ppo, mesh, shardings)
     key = jax.random.key(config.seed + 4)
 
     def starts_at(i: int):
@@ -160,7 +161,7 @@ def optimize_policy(
             branch = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                 shapes,
-                _branch_sharding(shapes, mesh),
+                branch_sharding(shapes, mesh),
             )
             like = {"state": state, "branch": branch}
             restored, progress = checkpoints.restore(like)
@@ -176,7 +177,6 @@ def optimize_policy(
                 if i % rl.updates_per_refill == 0:
                     fresh = jax.random.fold_in(key, i)
                     branch = refill(state.params, world_params, starts_at(i), fresh)
-                    branch = jax.device_put(branch, _branch_sharding(branch, mesh))
                     scalars |= (imagined := _branch_metrics(branch))
                 elif i % rl.value_recompute_every == 0:
                     branch = revalue(state.params, branch)
@@ -201,52 +201,104 @@ def optimize_policy(
     return state.params
 
 
-def _programs(config: Config, policy: Policy, world: WorldModel, ppo: PPO):
-    """The three jitted programs of the loop: refill, revalue, update."""
+def make_ppo(config: Config, policy: Policy, trainable: Params | None = None) -> PPO:
+    """The updates that `config.rl` describes; `trainable` as in `PPO`."""
     rl = config.rl
+    return PPO(
+        policy,
+        actor_lr=rl.actor_lr,
+        critic_lr=rl.critic_lr,
+        weight_decay=rl.weight_decay,
+        grad_clip=rl.grad_clip,
+        clip_ratio=rl.clip_ratio,
+        value_clip=rl.value_clip,
+        huber_delta=rl.huber_delta,
+        critic_warmup=rl.critic_warmup,
+        trainable=trainable,
+        gradient_accumulation=rl.gradient_accumulation,
+    )
+
+
+def programs(
+    config: Config, policy: Policy, world: WorldModel, ppo: PPO, mesh: Mesh, shardings: PPOState
+):
+    """The three compiled programs of the loop.
+
+    Args:
+        shardings: of the state that `update` takes (and whose buffers it reuses).
+
+    Returns:
+        refill: `(params, world_params, start, key) -> Branch`. revalue: `(params, Branch) ->
+            Branch`, with the current critic's values. update: `(PPOState, Branch, key) ->
+            (PPOState, metrics)`.
+
+    Raises:
+        ValueError: sizes of the `rl` section that do not divide each other or the devices.
+    """
+    rl, parallel = config.rl, config.parallel
     discount, reward_weight = chunk_discount(rl.discount, config.chunk, rl.discount_per)
     chunks = rl.start_states * rl.branch_chunks
     minibatch = min(rl.minibatch_size, chunks)
+    _check_divides("rl.imagination_batch", rl.imagination_batch, mesh.size)
+    _check_divides("rl.start_states", rl.start_states, rl.imagination_batch)
+    _check_divides("rl.minibatch_size", minibatch, mesh.size * rl.gradient_accumulation)
+    slices = rl.start_states // rl.imagination_batch
 
-    @jax.jit
-    def refill(params, world_params, start, key) -> Branch:
-        def branch_from(start, key):
+    def advantages(branch: Branch) -> Branch:
+        return with_advantages(branch, discount, rl.gae_lambda)
+
+    def imagine_rows(params, world_params, start, rows, key):
+        def branch_from(start, keys):
             return imagine(
                 policy,
                 world,
                 params,
                 world_params,
                 start,
-                key,
+                keys,
                 chunks=rl.branch_chunks,
                 reward_threshold=rl.reward_threshold,
                 reward_weight=reward_weight,
             )
 
-        return imagine_in_microbatches(branch_from, start, key, rl.imagination_batch)
+        keys = branch_keys(key, rows)
+        return advantages(imagine_in_microbatches(branch_from, start, keys, slices))
 
-    @jax.jit
-    def revalue(params, branch) -> Branch:
-        return recompute_values(policy, params, branch, rl.imagination_batch)
+    def revalue_rows(params, branch):
+        return advantages(recompute_values(policy, params, branch, slices))
 
-    @jax.jit
-    @skip_nonfinite
+    spread = partial(map_rows, mesh=mesh, how=parallel.rollout, out_axes=ROW_AXES)
+    imagine_all = spread(imagine_rows, in_axes=(None, None, 0, 0, None))
+    revalue = spread(revalue_rows, in_axes=(None, ROW_AXES))
+
+    def refill(params, world_params, start, key) -> Branch:
+        _, in_use = frozen_weight_sharding(world_params, mesh, parallel.rules, parallel.world_model)
+        rows = shard_batch(process_rows(rl.start_states), mesh)
+        return imagine_all(params, jax.device_put(world_params, in_use), start, rows, key)
+
     def update(state: PPOState, branch: Branch, key) -> tuple[PPOState, dict[str, Array]]:
-        batch = learning_batch(branch, discount, rl.gae_lambda, rl.normalize_advantages)
+        batch = learning_batch(branch, rl.normalize_advantages)
         rows = jax.random.permutation(key, chunks)[:minibatch]
-        return ppo.update(state, jax.tree.map(lambda x: x[rows], batch))
+        chosen = jax.tree.map(lambda x: x[rows], batch)
+        return ppo.update(state, jax.lax.with_sharding_constraint(chosen, batch_sharding(mesh)))
 
+    update = on_mesh(skip_nonfinite(update), mesh)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
     return refill, revalue, update
 
 
-def _branch_sharding(branch: Branch, mesh: Mesh) -> Branch:
-    """Branches split over all devices: the second axis, or the first after the last chunk."""
-    branches = batch_sharding(mesh)
-    chunks = NamedSharding(mesh, PartitionSpec(None, *branches.spec))
-    return jax.tree.map(lambda _: chunks, branch).replace(
-        last_observation=jax.tree.map(lambda _: branches, branch.last_observation),
-        bootstrap_value=branches,
+def branch_sharding(branch: Branch, mesh: Mesh) -> Branch:
+    """Branches split over all devices."""
+    return jax.tree.map(
+        lambda axis, part: jax.tree.map(lambda _: batch_sharding(mesh, axis), part),
+        ROW_AXES,
+        branch,
     )
+
+
+def _check_divides(name: str, size: int, multiple: int) -> None:
+    if size % multiple:
+        raise ValueError(f"{name} = {size} is not a multiple of {multiple}")
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from PIL import Image
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import collate, transitions
 from mbpo_jax.episode import Episode
-from mbpo_jax.rl.imagination import imagine
+from mbpo_jax.rl.imagination import branch_keys, imagine
 from mbpo_jax.stages.build import (
     abstract_params,
     build_world_model,
@@ -118,7 +118,7 @@ def branch_clip(workspace: Workspace, stage: str, number: int, step: int, chunks
             params,
             world_params,
             start,
-            key,
+            branch_keys(key, np.arange(1)),
             chunks=chunks,
             reward_threshold=threshold,
         )

@@ -1,6 +1,7 @@
 """Supervised training: a state, one jitted step, and a loop that survives a kill."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from flax import struct
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mbpo_jax.gradients import summed_value_and_grad
 from mbpo_jax.training.checkpoints import Checkpoints
 from mbpo_jax.training.interruption import Interrupted, deferred
 from mbpo_jax.training.metrics import MetricWriter
 from mbpo_jax.training.nonfinite import NonFiniteGuard, skip_nonfinite
 from mbpo_jax.training.profiling import StepProfiler
-from mbpo_jax.training.sharding import parameter_sharding, shard_batch
+from mbpo_jax.training.sharding import Rules, on_mesh, parameter_sharding, shard_batch
 from mbpo_jax.types import Array, Params
 
 LossFn = Callable[[Params, Params, Any, Array], tuple[Array, dict[str, Array]]]
@@ -56,19 +58,34 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
 
 
+def initial_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, params, tx.init(params), jnp.zeros((), jnp.int32))
+
+
 def train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, ema_decay: float
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    gradient_accumulation: int = 1,
 ) -> Callable[[TrainState, Params, Any, Array], tuple[TrainState, dict[str, Array]]]:
     """The pure step `(state, frozen, batch, key) -> (state, metrics)`.
 
     The average starts as the parameters themselves and its decay grows as (1 + step) / (10 + step)
-    up to `ema_decay`, so that short runs are not dominated by the initialisation.
+    up to `ema_decay`, so that short runs are not dominated by the initialisation. With
+    `gradient_accumulation` above 1 the gradient is the mean of those of as many slices of the
+    batch, computed one after the other, each with a key of its own.
     """
+    slices = gradient_accumulation
 
     def step(state: TrainState, frozen, batch, key):
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, frozen, batch, key
-        )
+        def slice_loss(params, rows, index):
+            slice_key = jax.random.fold_in(key, index) if slices > 1 else key
+            loss, metrics = loss_fn(params, frozen, rows, slice_key)
+            return loss / slices, metrics
+
+        (loss, metrics), grads = summed_value_and_grad(slice_loss, slices)(state.params, batch)
+        metrics = jax.tree.map(lambda x: x.mean(0), metrics)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -78,6 +95,13 @@ def train_step(
         return TrainState(params, ema, opt_state, state.step + 1), metrics
 
     return step
+
+
+def jit_step(step: Callable, shardings: TrainState) -> Callable:
+    """A `train_step` that skips what is not finite, compiled for a state with these shardings,
+    whose buffers it reuses."""
+    step = on_mesh(skip_nonfinite(step), shardings.step.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def fit(
@@ -103,6 +127,8 @@ def fit(
     profile_steps: Sequence[int] = (),
     trainable: Params | None = None,
     loggers: Sequence[str] = ("tensorboard",),
+    rules: Rules = (),
+    gradient_accumulation: int = 1,
 ) -> Params:
     """Trains `params` for `steps` steps and returns their exponential moving average.
 
@@ -121,6 +147,8 @@ def fit(
         profile_steps: see `StepProfiler`.
         trainable: tree of bools like `params`, False where the loss stops the gradient.
         loggers: of the metrics, beside their file (`training.metrics.LOGGERS`).
+        rules: how parameters and what belongs to them are split (`parameter_sharding`).
+        gradient_accumulation: see `train_step`.
 
     Raises:
         FloatingPointError: three steps in a row were not finite; see `NonFiniteGuard`.
@@ -135,13 +163,12 @@ def fit(
         grad_clip=grad_clip,
         trainable=trainable,
     )
-    # The jitted step donates its state, so the average needs a buffer of its own.
-    state = TrainState(
-        params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.zeros((), jnp.int32)
-    )
-    state = jax.device_put(state, parameter_sharding(state, mesh))
-    frozen = jax.device_put(frozen, parameter_sharding(frozen, mesh))
-    step_fn = jax.jit(skip_nonfinite(train_step(loss_fn, tx, ema_decay)), donate_argnums=0)
+    # Straight into its shards: a large model's optimiser state does not fit one device.
+    make_state = partial(initial_state, tx=tx)
+    shardings = parameter_sharding(jax.eval_shape(make_state, params), mesh, rules)
+    state = jax.jit(make_state, out_shardings=shardings)(jax.device_put(params, shardings.params))
+    frozen = jax.device_put(frozen, parameter_sharding(frozen, mesh, rules))
+    step_fn = jit_step(train_step(loss_fn, tx, ema_decay, gradient_accumulation), shardings)
     base_key = jax.random.key(seed)
     with (
         deferred() as asked_to_stop,
@@ -161,7 +188,9 @@ def fit(
                 batch = next(stream)
                 profiler.before(i)
                 key = jax.random.fold_in(base_key, i)
-                state, metrics = step_fn(state, frozen, shard_batch(batch, mesh), key)
+                state, metrics = step_fn(
+                    state, frozen, shard_batch(batch, mesh, gradient_accumulation), key
+                )
                 profiler.after(i, state)
                 guard.add(i, batch, metrics["skipped"])
                 window.append(metrics)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import jax
+
 PROJECT = "mbpo_jax"
 
 
@@ -24,7 +26,7 @@ class MetricWriter:
     """Writes scalars of one run to `metrics.jsonl` in `directory` and to the chosen `loggers`.
 
     Records of `first_step` and later that an interrupted run left behind are dropped first, so that
-    a resumed run's file equals an uninterrupted one's.
+    a resumed run's file equals an uninterrupted one's. Of several processes only the first writes.
 
     Raises:
         ValueError: as `check_loggers`.
@@ -34,6 +36,9 @@ class MetricWriter:
         self, directory: Path, first_step: int = 0, loggers: Sequence[str] = ("tensorboard",)
     ):
         check_loggers(loggers)
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         directory = Path(directory).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
@@ -43,6 +48,8 @@ class MetricWriter:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records `scalars` (name -> number) at `step`."""
+        if not self._writes:
+            return
         record = {"step": int(step)} | {k: float(v) for k, v in scalars.items()}
         self._file.write(json.dumps(record) + "\n")
         finite = {k: float(v) for k, v in scalars.items() if math.isfinite(v)}
@@ -50,6 +57,8 @@ class MetricWriter:
             logger.write(int(step), finite)
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         for logger in self._loggers:
             logger.close()

@@ -104,6 +104,20 @@ class UMMWorld:
             }
         return statistics
 
+    def for_inference(self, params: Params) -> Params:
+        """The same model in less memory: the transformers' matrices in the dtype of their products,
+        which convert them anyway, so that no output changes."""
+
+        def matrices(tree, dtype):
+            def one(path, x):
+                is_matrix = path[-1].key in ("kernel", "embedding")
+                return x.astype(dtype) if is_matrix else x
+
+            return jax.tree_util.tree_map_with_path(one, tree)
+
+        dtypes = {"mot": self.config.mot.dtype, "vit": self.config.vit.dtype}
+        return {**params} | {name: matrices(params[name], d) for name, d in dtypes.items()}
+
     # Imagination
 
     def step(

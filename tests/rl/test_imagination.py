@@ -3,14 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.rl.gae import learning_batch
-from mbpo_jax.rl.imagination import imagine, imagine_in_microbatches, recompute_values
+from mbpo_jax.rl.gae import learning_batch, with_advantages
+from mbpo_jax.rl.imagination import (
+    branch_keys,
+    imagine,
+    imagine_in_microbatches,
+    recompute_values,
+)
 from tests.toy import ToyPolicy, ToyWorld, observation
 
 POLICY, WORLD = ToyPolicy(), ToyWorld()
 
 
-def branch_from(start, key, chunks=3, mean=0.0, weight=1.0):
+def keys(seed, count):
+    return branch_keys(jax.random.key(seed), np.arange(count))
+
+
+def branch_from(start, keys, chunks=3, mean=0.0, weight=1.0):
     params = POLICY.init()
     params["actor"]["mean"] = jnp.asarray(mean)
     params["critic"]["w"] = jnp.array([0.5, 2.0])
@@ -20,7 +29,7 @@ def branch_from(start, key, chunks=3, mean=0.0, weight=1.0):
         params,
         {},
         start,
-        key,
+        keys,
         chunks=chunks,
         reward_threshold=0.5,
         reward_weight=weight,
@@ -28,7 +37,7 @@ def branch_from(start, key, chunks=3, mean=0.0, weight=1.0):
 
 
 def test_a_branch_follows_the_world_and_records_it():
-    branch = branch_from(observation([-5.0, -4.0]), jax.random.key(0))
+    branch = branch_from(observation([-5.0, -4.0]), keys(0, 2))
     assert branch.actions.shape == (3, 2, 2, 1)
     moved = np.asarray(branch.actions).mean((2, 3)).cumsum(0)
     np.testing.assert_allclose(branch.observation.proprio[0, :, 0], [-5.0, -4.0])
@@ -46,34 +55,29 @@ def test_a_branch_follows_the_world_and_records_it():
 
 def test_a_branch_ends_at_its_first_success():
     # Moving 2 per chunk from -1.5: -1.5 → 0.5 → 2.5 (done in the second chunk) → ...
-    branch = branch_from(observation([-1.5]), jax.random.key(1), chunks=4, mean=2.0, weight=0.75)
+    branch = branch_from(observation([-1.5]), keys(1, 1), chunks=4, mean=2.0, weight=0.75)
     np.testing.assert_array_equal(branch.valid[:, 0], [1, 1, 0, 0])
     np.testing.assert_array_equal(branch.reward[:, 0], [0, 0.75, 0, 0])
-    batch = learning_batch(branch, 0.9, 0.95, normalize=False)
+    batch = learning_batch(with_advantages(branch, 0.9, 0.95), normalize=False)
     # The ended chunk's target is its reward alone.
     np.testing.assert_allclose(batch.target[1], 0.75, atol=1e-6)
 
 
-def test_microbatches_have_the_layout_of_one_batch():
+def test_microbatches_give_what_one_batch_gives():
     start = observation(np.linspace(-9, -3, 6))
-    key = jax.random.key(2)
-    whole = imagine_in_microbatches(branch_from, start, key, 6)
-    parts = imagine_in_microbatches(branch_from, start, key, 2)
-    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, parts)
-    np.testing.assert_allclose(parts.observation.proprio[0], start.proprio)
-    moved = np.asarray(parts.actions).mean((2, 3)).sum(0)
-    np.testing.assert_allclose(
-        parts.last_observation.proprio[:, 0], start.proprio[:, 0] + moved, atol=1e-5
-    )
-    with pytest.raises(ValueError, match="not a multiple"):
-        imagine_in_microbatches(branch_from, start, key, 4)
+    whole = branch_from(start, keys(2, 6))
+    parts = imagine_in_microbatches(branch_from, start, keys(2, 6), slices=3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
+    assert len(set(np.asarray(whole.actions)[0, :, 0, 0])) == 6
+    with pytest.raises(ValueError, match="does not divide into 4 slices"):
+        imagine_in_microbatches(branch_from, start, keys(2, 6), slices=4)
 
 
 def test_values_are_recomputed_with_the_new_critic():
-    branch = branch_from(observation([-5.0, -4.0, -3.0]), jax.random.key(0))
+    branch = branch_from(observation([-5.0, -4.0, -3.0]), keys(0, 3))
     params = POLICY.init()
     params["critic"]["w"] = jnp.array([-1.0, 1.0])
-    again = recompute_values(POLICY, params, branch, micro_batch=2)
+    again = recompute_values(POLICY, params, branch, slices=3)
     np.testing.assert_allclose(again.value, branch.observation.proprio[..., 0] - 1.0, atol=1e-6)
     np.testing.assert_allclose(
         again.bootstrap_value, branch.last_observation.proprio[:, 0] - 1.0, atol=1e-6
@@ -93,23 +97,23 @@ class HungryWorld(ToyWorld):
 def working_memory(branches, micro_batch, chunks=2):
     """Bytes that the compiled rollout needs beside its arguments and results."""
 
-    def rollout(start, key):
+    def rollout(start, keys):
         return imagine(
             POLICY,
             HungryWorld(),
             POLICY.init(),
             {},
             start,
-            key,
+            keys,
             chunks=chunks,
             reward_threshold=0.5,
         )
 
-    def program(start, key):
-        return imagine_in_microbatches(rollout, start, key, micro_batch)
+    def program(start, keys):
+        return imagine_in_microbatches(rollout, start, keys, branches // micro_batch)
 
     start = observation(np.zeros(branches))
-    compiled = jax.jit(program).lower(start, jax.random.key(0)).compile()
+    compiled = jax.jit(program).lower(start, keys(0, branches)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -37,6 +37,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "checkpoint_every": 5,
         "critic_warmup": 5,
         "minibatch_size": 32,
+        "gradient_accumulation": 1,
         "actor_lr": 2e-2,
         "critic_lr": 5e-2,
         "weight_decay": 0.0,
@@ -45,12 +46,13 @@ def config(**changes) -> ml_collections.ConfigDict:
         "value_clip": 0.5,
         "huber_delta": 10.0,
     }
+    parallel = {"fsdp": 1, "rules": (), "world_model": "replicated", "rollout": "shard_map"}
     return ml_collections.ConfigDict(
         {
             "seed": 0,
             "loggers": (),
             "chunk": 2,
-            "parallel": {"fsdp": 1},
+            "parallel": parallel,
             "checkpoints": {"keep": 1},
             "profile_steps": (),
             "rl": {**rl, **changes},
