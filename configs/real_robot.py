@@ -12,11 +12,15 @@ def get_config(robot: Embodiment, variant: str = "micro") -> ml_collections.Conf
     Raises:
         ValueError: an unknown variant.
     """
-    c = libero_long.get_config(variant, robot=robot)
+    c = libero_long.get_config(variant, suite=robot.name, robot=robot)
     with c.unlocked():
-        for simulated in ("suite", "tasks", "max_steps", "workers", "evaluation", "fidelity"):
+        for simulated in ("max_steps", "workers", "evaluation", "fidelity"):
             del c[simulated]
-        # Datasets of episodes, as `mbpo_jax.data.episodes.write_episodes` leaves them.
-        c.demonstrations = ml_collections.ConfigDict({"dataset": ""})  # teleoperated successes
+        c.tasks = ()
+        # Datasets of episodes, as `mbpo_jax.data.episodes.write_episodes` leaves them; empty where
+        # `experiments.import_data` fills the stage.
+        c.demonstrations = ml_collections.ConfigDict()
+        c.demonstrations.dataset = ""  # teleoperated successes
+        c.demonstrations.render_every = 5  # steps between imported frames; divides chunk
         c.rollouts = ml_collections.ConfigDict({"dataset": ""})  # of the fine-tuned policy
     return c

@@ -1,4 +1,5 @@
-"""Imports demonstrations, so that a run starts from them instead of the scripted expert's.
+"""Imports demonstrations, so that a run starts from them instead of the scripted expert's; or a
+policy's rollouts, successes and failures, with --stage=rollouts.
 
     python -m experiments.import_data --format=libero_hdf5 --source=PATH --workdir=DIR
     python -m experiments.import_data --format=rlds --source=PATH --workdir=DIR --dry_run
@@ -22,8 +23,6 @@ from ml_collections import config_flags
 
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
 
-STAGE = "demonstrations"
-
 
 def define_flags() -> flags.FlagHolder:
     """Defines the command line; returns the config's flag."""
@@ -34,6 +33,9 @@ def define_flags() -> flags.FlagHolder:
     )
     flags.DEFINE_enum("format", None, ["libero_hdf5", "rlds", "lerobot"], "format of the source")
     flags.DEFINE_string("source", None, "the dataset: a folder, or a file of libero_hdf5 or rlds")
+    flags.DEFINE_enum(
+        "stage", "demonstrations", ["demonstrations", "rollouts"], "what the episodes are"
+    )
     flags.DEFINE_string("workdir", None, "the run's working directory")
     flags.DEFINE_multi_string(
         "map",
@@ -66,10 +68,12 @@ def main(config, options) -> str:
 
     renames = dict(pair.split("=", 1) for pair in options.map)
     source, workdir = Path(options.source).absolute(), Path(options.workdir).absolute()
-    job = Import(options.format, source, renames, options.skip_bad)
+    stage = options.stage
+    successes_only = stage == "demonstrations"
+    job = Import(options.format, source, renames, options.skip_bad, successes_only)
     if options.dry_run:
         return survey(config, job, workdir)
-    target = workdir / STAGE
+    target = workdir / stage
     if target.exists():
         raise StageError(f"{target} exists: delete it, or choose another --workdir")
     job.entries(config)  # a source of another format is refused before anything is written
@@ -77,12 +81,12 @@ def main(config, options) -> str:
     unfinished.mkdir(parents=True, exist_ok=True)
     work = functools.partial(import_demonstrations, job=job)
     try:
-        pipeline.run_stage(Workspace(unfinished, config), STAGE, work)
+        pipeline.run_stage(Workspace(unfinished, config), stage, work)
     except StageError:
         shutil.rmtree(unfinished)
         raise
-    shutil.rmtree(unfinished / STAGE / "spool")
-    (unfinished / STAGE).rename(target)
+    shutil.rmtree(unfinished / stage / "spool")
+    (unfinished / stage).rename(target)
     shutil.rmtree(unfinished)
     return f"imported into {target}"
 

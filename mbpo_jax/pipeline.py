@@ -77,8 +77,8 @@ ROBOT_STAGES = {
 
 
 def stages_of(config: Config) -> dict[str, Stage]:
-    """A config without a suite of simulated tasks is one of a robot with recorded episodes."""
-    return STAGES if "suite" in config else ROBOT_STAGES
+    """A config without an evaluation is one of a robot of which there are only recordings."""
+    return STAGES if "evaluation" in config else ROBOT_STAGES
 
 
 def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:

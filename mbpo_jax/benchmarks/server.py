@@ -20,8 +20,8 @@ from mbpo_jax.serving.inference import ServedPolicy
 from mbpo_jax.serving.protocol import pack, unpack
 from mbpo_jax.serving.server import serving_in_thread
 
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-STATE_DIM, ACTION_DIM = 8, 7
+CAMERAS = ("head", "wrist")
+STATE_DIM, ACTION_DIM = 8, 7  # one arm with a gripper
 
 
 def run(size: str, clients: Sequence[int], requests: int) -> list[dict]:

@@ -15,7 +15,7 @@ from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.importers import summary
 from mbpo_jax.data.importers.recording import Entry, Facts, Layout, Names, convert, describe
 from mbpo_jax.data.spool import EpisodeSpool
-from mbpo_jax.envs.libero import SUITES, task_info
+from mbpo_jax.envs.suites import SUITES, task_info
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.workspace import StageError, Workspace
@@ -27,13 +27,14 @@ SHEET_EPISODES = 12
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """A dataset to be read: its format, where it is, which of its keys are renamed to what, and
-    whether bad episodes are left out."""
+    """A dataset to be read: its format, where it is, which of its keys are renamed to what,
+    whether bad episodes are left out, and whether failures are."""
 
     format: str
     source: Path
     renames: Mapping[str, str]
     skip_bad: bool
+    successes_only: bool = True
 
     def entries(self, config: Config) -> list[Entry]:
         """The source's recordings, unread.
@@ -59,6 +60,7 @@ class Import:
         files = self.source.rglob("*") if self.source.is_dir() else [self.source]
         stats = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
         what = (self.format, sorted(self.renames.items()), _layout(config), config.tasks, stats)
+        what = (*what, self.successes_only)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
@@ -79,7 +81,7 @@ def survey(config: Config, job: Import, workdir: Path) -> str:
         if episode is not None and number in chosen:
             shown[found.name] = episode
 
-    _read_entries(entries, config, (), store)
+    _read_entries(entries, config, job, (), store)
     text = _judge(facts, job)
     if shown:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -89,8 +91,8 @@ def survey(config: Config, job: Import, workdir: Path) -> str:
 
 
 def import_demonstrations(workspace: Workspace, directory: Path, job: Import) -> dict:
-    """The work of the stage: the source's successes on the config's tasks become its dataset. It
-    continues where an earlier call was stopped.
+    """The work of the stage: the source's episodes on the config's tasks, of demonstrations the
+    successes alone, become its dataset. It continues where an earlier call was stopped.
 
     Raises:
         StageError: episodes are bad and not skipped (the message has all their problems), or none
@@ -109,7 +111,7 @@ def import_demonstrations(workspace: Workspace, directory: Path, job: Import) ->
             file.write(json.dumps([number, dataclasses.asdict(facts)]) + "\n")
             file.flush()
 
-        _read_entries(entries, config, tuple(found), store)
+        _read_entries(entries, config, job, tuple(found), store)
     facts = [found[number] for number in range(len(entries))]
     text = _judge(facts, job)
     kept = [number for number, f in enumerate(facts) if f.kept]
@@ -134,6 +136,7 @@ def import_demonstrations(workspace: Workspace, directory: Path, job: Import) ->
         "source": str(job.source),
         "episodes": len(kept),
         "attempts": len(facts),
+        "successes": sum(f.success is not False for f in kept_facts),
         "skipped": {f.name: f.problems for f in facts if f.problems},
         "mean_length": float(np.mean([f.length for f in kept_facts])),
         "frames": sum(f.frames for f in kept_facts),
@@ -148,6 +151,7 @@ def import_demonstrations(workspace: Workspace, directory: Path, job: Import) ->
 def _read_entries(
     entries: Sequence[Entry],
     config: Config,
+    job: Import,
     finished: Container[int],
     store: Callable[[int, Facts, Episode | None], None],
 ) -> None:
@@ -160,6 +164,8 @@ def _read_entries(
             if number in finished:
                 continue
             facts, episode = _read_entry(entry, layout, wanted)
+            if job.successes_only and facts.success is False and not facts.left_out:
+                facts.left_out = "failures: demonstrations are successes"
             bad += bool(facts.problems)
             bar.set_postfix(bad=bad)
             store(number, facts, episode if facts.kept else None)
@@ -176,10 +182,7 @@ def _read_entry(
         facts = describe(entry.name, recording)
         facts.left_out = f"{recording.instruction!r}: not among the config's tasks"
         return facts, None
-    facts, episode = convert(entry.name, recording, layout)
-    if facts.success is False:
-        facts.left_out = "failures: demonstrations are successes"
-    return facts, episode
+    return convert(entry.name, recording, layout)
 
 
 def _judge(facts: list[Facts], job: Import) -> str:

@@ -64,8 +64,8 @@ def _numbers(prefix: str, tree):
 
 
 def _title(config: Config) -> str:
-    if "suite" not in config:
-        return f"VLA-MBPO on {config.robot.name}, from recorded episodes"
+    if not config.tasks:
+        return f"VLA-MBPO on {config.suite}, from recorded episodes"
     tasks = ", ".join(map(str, config.tasks))
     return f"VLA-MBPO on {config.suite}, task{'s' if len(config.tasks) > 1 else ''} {tasks}"
 

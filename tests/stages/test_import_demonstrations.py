@@ -31,7 +31,7 @@ def config():
 
 
 def run(config, source, workdir, format="lerobot", **options):
-    defaults = {"map": [], "skip_bad": False, "dry_run": False}
+    defaults = {"map": [], "skip_bad": False, "dry_run": False, "stage": "demonstrations"}
     return main(
         config,
         SimpleNamespace(**(defaults | options), format=format, source=source, workdir=workdir),
@@ -181,7 +181,7 @@ def test_bad_episodes_can_be_skipped(tmp_path, config, capsys):
     assert {name.split(".")[0] for name in summary["skipped"]} == said.keys()
 
 
-def test_failures_are_no_demonstrations(tmp_path, config):
+def test_failures_are_no_demonstrations_but_rollouts(tmp_path, config):
     failed = {"rewards": np.zeros(14)}
     write_libero_hdf5(tmp_path / "won.hdf5", [Truth()])
     source = write_libero_hdf5(tmp_path / "lost.hdf5", [Truth()], **failed)
@@ -190,6 +190,11 @@ def test_failures_are_no_demonstrations(tmp_path, config):
     assert episode.success
     with pytest.raises(StageError, match=r"nothing is left to import\n(.*\n)*.*1 x failures"):
         run(config, source, tmp_path / "other", "libero_hdf5")
+    run(config, tmp_path, tmp_path / "run", "libero_hdf5", stage="rollouts")
+    episodes = read_episodes(tmp_path / "run/rollouts/dataset")
+    assert sorted(episode.success for episode in episodes) == [False, True]
+    summary = json.loads((tmp_path / "run/rollouts/done.json").read_text())
+    assert (summary["episodes"], summary["successes"]) == (2, 1)
 
 
 def test_dry_run_draws_first_frames_and_imports_nothing(tmp_path, config):
