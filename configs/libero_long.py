@@ -218,7 +218,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     w.vae_training.steps = 1200
     w.vae_training.learning_rate = 4e-3
     w.vae_training.batch_size = 8
-    w.training.steps = 900
+    w.training.steps = 800
     w.training.learning_rate = 1e-3
     w.training.warmup_steps = 50
     w.training.checkpoint_every = 200
