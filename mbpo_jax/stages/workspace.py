@@ -5,7 +5,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
 from mbpo_jax.training.checkpoints import differences, flat_entries
 
@@ -68,9 +70,7 @@ class Workspace:
                 f"{MIN_FREE_BYTES / 2**30:.0f} GiB. Free some space or choose another --workdir"
             )
         self.check(stage, sections)
-        path = directory / "config.json"
-        if not path.exists():
-            _write_json(path, config_entries(self.config, sections))
+        _write_json(directory / "config.json", config_entries(self.config, sections))
         return directory
 
     def check(self, stage: str, sections: Sequence[str]) -> None:
@@ -122,6 +122,14 @@ def read_config(root: Path) -> ml_collections.ConfigDict:
 
 
 def _write_json(path: Path, value: dict) -> None:
+    """Of several processes the first writes, and the others go on when it has."""
+    if jax.process_index() == 0:
+        _replace_json(path, value)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(str(path))
+
+
+def _replace_json(path: Path, value: dict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1))
     temporary.replace(path)
