@@ -29,12 +29,14 @@ from mbpo_jax.training.metrics import check_loggers
 @dataclass(frozen=True)
 class Stage:
     """`run(workspace, directory) -> summary`; `sections` are the config entries that it depends on
-    beside those of the stage `after` which it comes. A stage `on_request` runs only when named."""
+    beside those of the stage `after` which it comes. A stage `on_request` runs only when named, one
+    that is `shared` may run in several processes at once."""
 
     run: Callable[[Workspace, Path], dict]
     sections: tuple[str, ...]
     after: str | None
     on_request: bool = False
+    shared: bool = False
 
 
 STAGES = {
@@ -54,11 +56,11 @@ STAGES = {
         ),
         after=None,
     ),
-    "sft": Stage(finetune_policy, ("pretrained", "policy", "sft"), "demonstrations"),
+    "sft": Stage(finetune_policy, ("pretrained", "policy", "sft"), "demonstrations", shared=True),
     "rollouts": Stage(collect_rollouts, ("rollouts",), "sft"),
     "world_model": Stage(finetune_world_model, ("world_model",), "rollouts"),
     "fidelity": Stage(study_fidelity, ("fidelity",), "world_model", on_request=True),
-    "improve": Stage(improve_policy, ("rl",), "world_model"),
+    "improve": Stage(improve_policy, ("rl",), "world_model", shared=True),
     "evaluate": Stage(evaluate, ("evaluation",), "improve"),
 }
 
@@ -104,9 +106,16 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
     wanted = stages or [*always, "report"]
     _check_finished(workspace)
     for name in available:
+        alone = name in wanted and not available[name].shared and not workspace.summary(name)
+        if alone and jax.process_count() > 1:
+            raise StageError(
+                f"the stage {name!r} runs in one process, and there are {jax.process_count()}: "
+                f"run it first without the others (--stages={name})"
+            )
+    for name in available:
         if name in wanted:
             run_stage(workspace, name, available[name].run)
-    if "report" in wanted:
+    if "report" in wanted and jax.process_index() == 0:
         print(write_report(workspace, always))
     return workspace
 

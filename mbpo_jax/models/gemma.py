@@ -20,9 +20,9 @@ from flax import struct
 from mbpo_jax.models.layers import (
     SCAN,
     LayerLoop,
-    gathered,
     lecun_normal,
     linear,
+    lookup,
     matmul,
     unstack,
 )
@@ -104,8 +104,8 @@ def init(
 
 def embed(params: dict, tokens: jax.Array) -> jax.Array:
     """Token ids int32 [*B, S] -> float32 [*B, S, D], scaled by sqrt(D) as Gemma does."""
-    table = gathered(params["embedder"]["input_embedding"])
-    return table[tokens] * table.shape[-1] ** 0.5
+    table = params["embedder"]["input_embedding"]
+    return lookup(table, tokens) * table.shape[-1] ** 0.5
 
 
 def encode_prefix(

@@ -27,7 +27,7 @@ def dense(key: jax.Array, fan_in: int, fan_out: int, stack: Sequence[int] = ()) 
 
 
 def gathered(weights: jax.Array) -> jax.Array:
-    """Weights whole on every device of the mesh in use (`jax.sharding.use_abstract_mesh`), however
+    """An array whole on every device of the mesh in use (`jax.sharding.use_abstract_mesh`), however
     they are stored; without one as they are.
 
     This is the all-gather of ZeRO-3 (arXiv 1910.02054). Left to itself the compiler sometimes moves
@@ -36,6 +36,21 @@ def gathered(weights: jax.Array) -> jax.Array:
     if not jax.sharding.get_abstract_mesh().auto_axes:
         return weights
     return jax.lax.with_sharding_constraint(weights, jax.sharding.PartitionSpec())
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows [*B, n, D] of a table [V, D] for ids int [*B, n].
+
+    On a mesh every device looks its part of the width up for the ids of all, and the rows are then
+    exchanged: to gather a vocabulary, and to sum the gradient of one, would take far more.
+    """
+    axes = jax.sharding.get_abstract_mesh().auto_axes
+    if not axes:
+        return table[ids]
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    batch = axes if ids.ndim > 1 and len(ids) % devices == 0 else None
+    rows = table[gathered(ids)]
+    return jax.lax.with_sharding_constraint(rows, jax.sharding.PartitionSpec(batch))
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

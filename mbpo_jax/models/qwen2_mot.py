@@ -23,7 +23,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from mbpo_jax.models.layers import LayerLoop, gathered, linear
+from mbpo_jax.models.layers import LayerLoop, gathered, linear, lookup
 
 Params = Any
 EXPERTS = ("und", "gen")
@@ -123,8 +123,7 @@ def init(config: MoTConfig, key: Array) -> Params:
 
 def embed_text(params: Params, config: MoTConfig, ids: Int[Array, "*B n"]) -> Array:
     """Token embeddings [*B, n, D]."""
-    table = gathered(params["embed_tokens"]["embedding"].astype(config.dtype))
-    return table[ids]
+    return lookup(params["embed_tokens"]["embedding"], ids).astype(config.dtype)
 
 
 def logits(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:

@@ -35,14 +35,15 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     actions = np.concatenate([e.target_actions[e.num_actions > 0] for e in episodes])
     proprio = np.concatenate([e.proprio for e in episodes])
     stats = {"actions": compute_norm_stats(actions), "state": compute_norm_stats(proprio)}
-    write_norm_stats(directory / "norm_stats.json", stats)
+    if jax.process_index() == 0:
+        write_norm_stats(directory / "norm_stats.json", stats)
     policy = build_policy(config, stats)
-    params = policy.init(jax.random.key(config.seed))
+    mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
+    key = jax.random.key(config.seed)
+    shardings = parameter_sharding(jax.eval_shape(policy.init, key), mesh, rules)
+    params = jax.jit(policy.init, out_shardings=shardings)(key)
     if config.pretrained.policy:
-        shardings = parameter_sharding(
-            params["actor"], make_mesh(config.parallel.fsdp), config.parallel.rules
-        )
-        params["actor"] = load_openpi(config.pretrained.policy, policy.config, shardings)
+        params["actor"] = load_openpi(config.pretrained.policy, policy.config, shardings["actor"])
 
     section = config.sft.to_dict()
     del section["rollouts"]
@@ -53,8 +54,8 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
         {},
         lambda first: batches(source, batch_size, config.seed, start_step=first),
         directory=directory,
-        mesh=make_mesh(config.parallel.fsdp),
-        rules=config.parallel.rules,
+        mesh=mesh,
+        rules=rules,
         seed=config.seed,
         name="policy fine-tuning",
         keep=config.checkpoints.keep,

@@ -2,10 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
 from mbpo_jax.training.checkpoints import differences, flat_entries
 
@@ -68,9 +71,8 @@ class Workspace:
                 f"{MIN_FREE_BYTES / 2**30:.0f} GiB. Free some space or choose another --workdir"
             )
         self.check(stage, sections)
-        path = directory / "config.json"
-        if not path.exists():
-            _write_json(path, config_entries(self.config, sections))
+        path, entries = directory / "config.json", config_entries(self.config, sections)
+        _by_first_process(lambda: path.exists() or _write_json(path, entries))
         return directory
 
     def check(self, stage: str, sections: Sequence[str]) -> None:
@@ -93,7 +95,8 @@ class Workspace:
         (self.directory(stage) / "config.json").unlink()
 
     def finish(self, stage: str, summary: dict) -> None:
-        _write_json(self.directory(stage) / "done.json", summary)
+        path = self.directory(stage) / "done.json"
+        _by_first_process(lambda: _write_json(path, summary))
 
 
 def config_entries(config: ml_collections.ConfigDict, sections: Sequence[str]) -> dict:
@@ -119,6 +122,14 @@ def read_config(root: Path) -> ml_collections.ConfigDict:
     if not config:
         raise StageError(f"{root} is no working directory: no stage has begun there")
     return ml_collections.ConfigDict(config).lock()
+
+
+def _by_first_process(write: Callable[[], Any]) -> None:
+    """Of several processes the first writes, and the others go on when it has."""
+    if jax.process_index() == 0:
+        write()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workspace")
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -47,7 +47,7 @@ TRAININGS = ("sft", "world model", "autoencoder")
 def config(mesh: str, rollout="shard_map", world_model="replicated") -> ml_collections.ConfigDict:
     c = get_config("micro").copy_and_resolve_references()
     c.unlock()
-    c.chunk = TINY.chunk
+    c.chunk, c.loggers = TINY.chunk, ()
     c.parallel.update({"rollout": rollout, "world_model": world_model, "fsdp": int(mesh[-1])})
     c.rl.update({"start_states": ROWS, "imagination_batch": 8, "minibatch_size": 16})
     c.rl.update({"gradient_accumulation": 2, "critic_warmup": 0, "updates": 5})
@@ -198,6 +198,7 @@ def toy_runs(mesh: str, directory: Path) -> dict:
             ema_decay=0.9,
             log_every=1,
             checkpoint_every=3,
+            loggers=(),
         )
     starts = Source(
         lambda i, _: jax.tree.map(lambda x: x[0], observation([0.4 + i / 32])),
