@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 
 from configs import libero_long
-from mbpo_jax.benchmarks import data, policy, world_model
+from mbpo_jax.benchmarks import data, imagination, policy, world_model
 
 SIZES = {  # of each target: those there are, and the default
     "policy": (tuple(policy.sizes()), "tiny,small"),
@@ -58,10 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--sizes: {sorted(unknown)} not among {sorted(known)}")
     if options.target == "policy" and not options.openpi:
         print(policy.MISSING, file=sys.stderr)
-    if options.target in ("server", "imagination"):
-        if importlib.util.find_spec("websockets") is None:
-            parser.error(f"--target={options.target} needs: pip install -e '.[serve]'")
-        from mbpo_jax.benchmarks import imagination, server
+    with_sockets = options.target in ("server", "imagination")
+    if with_sockets and importlib.util.find_spec("websockets") is None:
+        parser.error(f"--target={options.target} needs: pip install -e '.[serve]'")
+    if options.target == "server":
+        from mbpo_jax.benchmarks import server
     rows = []
     for size in sizes:
         if options.target == "policy":
