@@ -73,9 +73,9 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     # The layer axis is first and never split: layers are gathered one at a time.
     c.parallel.rules = (
         ("(embedding|input_embedding|pos_embedding)$", (-1,)),  # width; the vocabulary stays whole
-        ("(q_einsum|kv_einsum|qkv_einsum)/w$", (-2,)),  # [..., heads, width, head]
+        ("(q_einsum|kv_einsum|qkv_einsum)(_1)?/w$", (-2,)),  # [..., heads, width, head]
         ("(query|key|value)/kernel$", (-3,)),  # [..., width, heads, head]
-        ("attn_vec_einsum/w$|out/kernel$", (-1,)),  # [..., heads, head, width]
+        ("attn_vec_einsum(_1)?/w$|out/kernel$", (-1,)),  # [..., heads, head, width]
         ("(kernel|gating_einsum|linear)$", (-2, -1)),
     )
     c.parallel.world_model = "replicated"  # in policy optimisation; or "sharded", "offloaded"

@@ -208,7 +208,7 @@ class _Steps:
         encoded = jax.eval_shape(
             world.image_moments,
             self.world_params,
-            self._abstract(self.seen.images["agentview"][None]),
+            self._abstract(self.seen.images[world.cameras[0]][None]),
         )
         moments = {camera: np.zeros(encoded.shape[1:], np.float32) for camera in world.cameras}
         transition = Transition(self.seen, self.actions, self.seen.images, self.seen.proprio)

@@ -1,6 +1,6 @@
 """Stage `world_model`: autoencoder, dynamics and reward, then fidelity on held-out episodes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ from mbpo_jax.data.pipelines import (
     transitions,
 )
 from mbpo_jax.episode import Episode
-from mbpo_jax.stages.build import Config, build_world_model, checkpoint_origin, observation_builder
+from mbpo_jax.stages.build import (
+    Config,
+    build_world_model,
+    checkpoint_origin,
+    observation_builder,
+    robot,
+)
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import LossFn, fit
@@ -80,19 +86,20 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
         "held_out_episodes": len(held_out),
         "transitions": len(sources),
         "transitions_skipped": sources.skipped,
-        "actions_clipped": count_clipped(train),
+        "actions_clipped": count_clipped(train, robot(config).action_limits),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         **report,
     }
 
 
-def count_clipped(episodes: list[Episode]) -> int:
-    """How many action values lie outside [-1, 1], to which the world model clips them; says so on
-    the terminal."""
-    clipped = sum(int((np.abs(e.actions) > 1.0).sum()) for e in episodes)
+def count_clipped(episodes: list[Episode], limits: Sequence[tuple[float, float]]) -> int:
+    """How many action values lie outside the robot's limits (low, high), to which the world model
+    clips them; says so on the terminal."""
+    low, high = np.asarray(limits).T
+    clipped = sum(int(((e.actions < low) | (e.actions > high)).sum()) for e in episodes)
     if clipped:
         total = sum(e.actions.size for e in episodes)
-        print(f"[world_model] {clipped} of {total} action values outside [-1, 1] are clipped")
+        print(f"[world_model] {clipped} of {total} action values beyond their limits are clipped")
     return clipped
 
 

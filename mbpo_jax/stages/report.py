@@ -216,8 +216,10 @@ def _data_section(workspace: Workspace, summaries: dict) -> Section:
             f" The fine-tuned policy then ran {rollouts['episodes']} episodes from other random "
             f"resets and solved {rollouts['successes']}."
         )
-    restarts = sum(part["worker_restarts"] for part in (demonstrations, rollouts) if part)
-    text += f" {restarts} simulator workers died or hung; their episodes were repeated."
+    simulated = [part for part in (demonstrations, rollouts) if part and "worker_restarts" in part]
+    if simulated:
+        restarts = sum(part["worker_restarts"] for part in simulated)
+        text += f" {restarts} simulator workers died or hung; their episodes were repeated."
     return Section("Data", text)
 
 

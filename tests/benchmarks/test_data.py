@@ -27,11 +27,13 @@ def test_every_pipeline_is_measured_beside_its_consumer(monkeypatch):
     reading, sft, joint = data.run(small_config(), "tiny", repeats=1)
     # 100 steps: a frame every 5, and 96 to 100 without those there already; two cameras.
     frames = 4 * 2 * (20 + 5)
-    assert reading["frames_per_second"] * reading["seconds"] == np.float64(frames)
-    assert reading["episodes_per_second"] * reading["seconds"] == np.float64(4)
-    assert sft["frames_per_second"] * sft["seconds"] == np.float64(2 * 2)
+    np.testing.assert_allclose(reading["frames_per_second"] * reading["seconds"], frames, rtol=1e-9)
+    np.testing.assert_allclose(reading["episodes_per_second"] * reading["seconds"], 4, rtol=1e-9)
+    np.testing.assert_allclose(sft["frames_per_second"] * sft["seconds"], 2 * 2, rtol=1e-9)
     # Two frames of a transition and one of a reward example, two cameras each.
-    assert joint["frames_per_second"] * joint["seconds"] == np.float64(2 * (2 * 3 + 4))
+    np.testing.assert_allclose(
+        joint["frames_per_second"] * joint["seconds"], 2 * (2 * 3 + 4), rtol=1e-9
+    )
     for row in (sft, joint):
         assert row["ratio"] == row["seconds"] / row["peer_seconds"]
 

@@ -24,13 +24,13 @@ def config():
 def test_the_reference_way_imagines_the_same(config, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in the second process too
     policy, world, params, world_params = imagination.models(config)
-    start, key = imagination.start_states(config, 2), jax.random.key(3)
+    start, key = imagination.start_states(config, 1), jax.random.key(3)
     served = imagination._kind(ServedWorld, world)
     with world_process(served, world_params) as ask:
         reference = ReferenceImagination(policy, ask, world.cameras, chunks=1)
         theirs = reference(params, start, key)
     rollout = partial(imagine, policy, world, chunks=1, reward_threshold=0.5)
-    ours = jax.jit(rollout)(params, world_params, start, key)
+    ours = jax.jit(rollout)(params, world_params, start, key[None])
     assert jax.tree.map(np.shape, theirs) == jax.tree.map(np.shape, ours)
     np.testing.assert_allclose(theirs.actions[0], ours.actions[0], atol=1e-5)
     np.testing.assert_allclose(theirs.value[0], ours.value[0], atol=1e-5)

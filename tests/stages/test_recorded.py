@@ -53,6 +53,7 @@ def recordings(tmp_path):
     write_episodes(tmp_path / "runs_of_the_policy", [recording(i, i % 2 == 0) for i in range(4, 8)])
 
 
+@pytest.mark.long
 def test_from_recordings_to_an_honest_report(tmp_path, recordings, capsys, monkeypatch):
     monkeypatch.setattr("mbpo_jax.stages.imagined_success.START_STATES", 4)
     workdir = tmp_path / "run"

@@ -82,7 +82,8 @@ ON_EIGHT_DEVICES = """
     from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 
     arrays = {"w": np.arange(2**19, dtype=np.float32).reshape(512, 1024), "b": np.ones(3)}
-    (split, whole) = (parameter_sharding(arrays, make_mesh(fsdp)) for fsdp in (4, 1))
+    rules = [("w", (-2,))]
+    (split, whole) = (parameter_sharding(arrays, make_mesh(fsdp), rules) for fsdp in (4, 1))
     arrays = jax.device_put(arrays, split)
     assert arrays["w"].addressable_shards[0].data.size == 2**17
     with Checkpoints(sys.argv[1]) as checkpoints:
