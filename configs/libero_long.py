@@ -150,7 +150,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl.checkpoint_every = 50  # updates, at least; checkpoints are made where branches are fresh
     c.rl.critic_warmup = 50 if suite == "libero_10" else 10
     c.rl.minibatch_size = 512
-    c.rl.gradient_accumulation = 1
+    c.rl.gradient_accumulation = 4
     c.rl.actor_lr = 5e-6
     c.rl.critic_lr = 1e-4
     c.rl.weight_decay = 1e-4
@@ -226,6 +226,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     # A network this small is imagined cheaply and moves slowly: fresh branches, all of them in
     # every update, and larger steps than the paper's 3.3 B parameters take.
     c.rl.start_states = 256
+    c.rl.gradient_accumulation = 1
     c.rl.imagination_batch = 32
     c.rl.updates = 72
     c.rl.updates_per_refill = 3
@@ -278,5 +279,6 @@ def _make_small(c: ml_collections.ConfigDict) -> None:
     w.training.learning_rate = 3e-4
 
     c.rl.start_states = 512
+    c.rl.gradient_accumulation = 1
     c.rl.actor_lr = 2e-5
     c.rl.critic_lr = 3e-4

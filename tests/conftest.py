@@ -9,3 +9,21 @@ def fast_compilation(request):
     """Most of the suite's time is XLA compiling small programs that run once or twice, so it skips
     most optimisations, except in tests marked `trains`, which run theirs hundreds of times."""
     jax.config.update("jax_disable_most_optimizations", "trains" not in request.keywords)
+
+
+# The longest files, first, so that no worker is left alone with one of them at the end.
+LONGEST = (
+    "test_pipeline.py",
+    "test_fidelity.py",
+    "test_umm_world.py",
+    "test_sharding.py",
+    "test_pi0.py",
+    "test_data.py",
+    "test_parity.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))

@@ -8,8 +8,9 @@ import pytest
 from mbpo_jax.rl import parity
 from mbpo_jax.rl.gae import PPOBatch
 from mbpo_jax.rl.ppo import PPO, actor_loss
-from tests.toy import ToyPolicy, observation
+from tests.toy import CHUNK, ToyPolicy, observation
 
+PPO_FIELDS = ("log_prob", "value", "advantage", "target")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
@@ -47,6 +48,38 @@ def test_the_clip_range_may_be_asymmetric():
     loss, metrics = actor_loss(jnp.log(0.8 * one), jnp.zeros(1), -2 * one, one, 0.1, 0.28)
     np.testing.assert_allclose((gain, loss), (-2.56, 1.8), atol=1e-6)
     assert metrics["clip_fraction"] == 1
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    policy, count = ToyPolicy(), 8
+    params = policy.init()
+    rng = np.random.default_rng(0)
+    draws = {name: rng.normal(size=count).astype(np.float32) for name in PPO_FIELDS}
+    batch = PPOBatch(
+        observation=observation(rng.normal(size=count)),
+        chain=rng.normal(size=(count, CHUNK, 1)).astype(np.float32),
+        valid=np.float32([1, 1, 1, 0, 0, 1, 0, 0]),  # uneven shares of the slices
+        **draws,
+    )
+
+    def gradient(slices):
+        ppo = PPO(
+            policy,
+            actor_lr=0.1,
+            critic_lr=0.1,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            clip_ratio=5.0,
+            value_clip=0.5,
+            huber_delta=10.0,
+            critic_warmup=0,
+            gradient_accumulation=slices,
+        )
+        return jax.jit(ppo.gradient)(params, batch)
+
+    whole, parts = gradient(1), gradient(4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+    assert np.abs(whole[0]["actor"]["mean"]) > 1e-2
 
 
 def test_golden_vectors():

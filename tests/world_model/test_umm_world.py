@@ -41,6 +41,17 @@ def test_a_fresh_model_copies_the_frame(world, step):
     np.testing.assert_array_equal(following.world_prompt.tokens, observation.world_prompt.tokens)
 
 
+def test_weights_for_inference_change_no_output():
+    mot, vit = (dataclasses.replace(x, dtype="bfloat16") for x in (TINY.mot, TINY.vit))
+    world = make_world(mot=mot, vit=vit)
+    params = world.init(jax.random.key(0))
+    light = world.for_inference(params)
+    assert light["mot"]["layers"]["gen"]["mlp"]["up_proj"]["kernel"].dtype == "bfloat16"
+    assert light["adapters"]["vae2llm"]["kernel"].dtype == "float32"
+    answer, observation = jax.jit(world.reward), make_observation()
+    np.testing.assert_array_equal(answer(light, observation), answer(params, observation))
+
+
 def test_what_each_stage_is_conditioned_on(params, stage_losses):
     transition = make_transition()
     observation, other = transition.observation, make_observation(7).images
