@@ -154,10 +154,12 @@ def modulations(params: dict, condition: jax.Array) -> dict[str, jax.Array]:
 
 
 def expert_layers(params: dict, loop: LayerLoop = SCAN) -> dict | list[dict]:
-    """The action expert's layers as `denoise` runs them: a stack for a loop, or one by one and
-    ready for their matrix products for an unrolled one. A sampler makes them once for all steps."""
+    """The action expert's layers ready for their matrix products: a stack for a loop, one by one
+    for an unrolled one. A sampler makes them once for all steps."""
     stack = _member(params["layers"], "_1")
-    return [_matrices(layer) for layer in unstack(stack)] if loop.unroll else stack
+    if loop.unroll:
+        return [_matrices(layer) for layer in unstack(stack)]
+    return jax.vmap(_matrices)(stack)
 
 
 def denoise(
