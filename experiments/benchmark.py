@@ -8,13 +8,16 @@ python -m experiments.benchmark --target=data
 
 Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
 rounds with its 95 % bootstrap interval, below 1 where this package is faster.
-The policy server has no peer: its latency is printed under several clients at once.
+The policy server has no peer: its latency is printed under several clients at once. After the
+times of imagination comes what its steps cost a device on 1 to 8 devices, from compiled programs
+(`python -m experiments.plan --weak_scaling=1,2,4,8`).
 """
 
 import argparse
 import importlib.util
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = {"device": device, "machine": platform.machine(), "jax": jax.__version__}
     path.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     print(f"{device}; written to {path}")
+    if options.target == "imagination":
+        _print_weak_scaling(sizes)
     return 0
 
 
@@ -114,6 +119,14 @@ def _print(rows: list[dict]) -> None:
         if "rms_change" in row:
             line += f", images move by {row['rms_change']:.1f} grey levels"
         print(line)
+
+
+def _print_weak_scaling(sizes: list[str]) -> None:
+    """In processes of their own, which have eight virtual devices."""
+    for size in sizes:
+        command = [sys.executable, "-m", "experiments.plan", "--weak_scaling=1,2,4,8"]
+        config = Path(libero_long.__file__)
+        subprocess.run([*command, f"--config={config}:{size}"], check=True)
 
 
 def _print_latency(rows: list[dict]) -> None:

@@ -7,6 +7,10 @@ prints, per device: memory, matrix products, bytes of collectives by kind and me
 time on H100s (from data-sheet peaks: a bound, not a forecast), the stages' hours, and where
 communication begins to dominate on more devices. The exit status is 1 if a step does not fit.
 
+    python -m experiments.plan --config=configs/libero_long.py:micro --weak_scaling=1,2,4,8
+
+prints instead what each step costs a device on more and more devices whose batches stay the same.
+
 The CPU's compiler computes bfloat16 products in float32, and keeps float32 copies of their
 operands: temporaries are above those of a GPU.
 """
@@ -28,6 +32,7 @@ CONFIG = config_flags.DEFINE_config_file(
 DEVICES = flags.DEFINE_integer("devices", 8, "virtual devices to compile for")
 MEMORY = flags.DEFINE_float("device_memory_gib", 80.0, "memory of a device")
 ONLY = flags.DEFINE_string("only", "", "compile the steps whose name contains this")
+WEAK_SCALING = flags.DEFINE_list("weak_scaling", [], "numbers of devices to compare")
 OUTPUT = flags.DEFINE_string("output", None, "a JSON file for the numbers")
 MORE_DEVICES = (64, 512)
 
@@ -37,6 +42,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
+    if WEAK_SCALING.value:
+        counts = tuple(int(n) for n in WEAK_SCALING.value)
+        with one_message():
+            scaling = plan.weak_scaling(CONFIG.value, jax.devices(), counts, ONLY.value)
+        print(plan.weak_scaling_table(scaling))
+        return
     with one_message():
         mesh, measured = plan.plan(CONFIG.value, jax.devices(), ONLY.value)
     budget = MEMORY.value * plan.USABLE * plan.GIB

@@ -148,6 +148,41 @@ def plan(config: Config, devices: list[jax.Device], only: str = "") -> tuple[Mes
     return mesh, measured
 
 
+def weak_scaling(
+    config: Config, devices: list[jax.Device], counts: tuple[int, ...], only: str = ""
+) -> dict[int, list[Measured]]:
+    """The steps of `plan` on each of these numbers of devices, with batches in proportion: the
+    config's own are those of `parallel.fsdp` devices, or of one.
+
+    Raises:
+        ValueError: a number of devices that `parallel.fsdp` does not divide, or too few devices.
+    """
+    if max(counts) > len(devices):
+        raise ValueError(f"there are {len(devices)} devices, not {max(counts)}: --devices")
+    measured = {}
+    for count in counts:
+        grown = _with_batches_times(config, count // config.parallel.fsdp)
+        _, found = plan(grown, devices[:count], only)
+        measured[count] = [m for m in found if m.step.runs]
+    return measured
+
+
+def _with_batches_times(config: Config, factor: int) -> Config:
+    config = config.copy_and_resolve_references()
+    world, rl = config.world_model, config.rl
+    for section, name in (
+        (config.sft, "batch_size"),
+        (world.vae_training, "batch_size"),
+        (world, "dynamics_batch_size"),
+        (world, "reward_batch_size"),
+        (rl, "start_states"),
+        (rl, "imagination_batch"),
+        (rl, "minibatch_size"),
+    ):
+        section[name] *= factor
+    return config
+
+
 def steps(config: Config, mesh: Mesh) -> Iterator[Step]:
     """Every step of the run with abstract arguments."""
     builder = observation_builder(config)
@@ -367,3 +402,19 @@ def scaling_table(
             row += f"{grown:20.2f}{grown * n / mesh.size:20.2f}"
         rows.append(row)
     return "\n".join([*rows, "above 1 communication dominates, if nothing of it is hidden", ""])
+
+
+def weak_scaling_table(measured: dict[int, list[Measured]]) -> str:
+    """Matrix products and bytes sent per device and run, by the number of devices; batches grow
+    with it, so that what is done on a device should stay as it is."""
+    counts = list(measured)
+    rows = [f"{'per device and run':32}" + "".join(f"{f'{n} devices':>28}" for n in counts)]
+    for same_step in zip(*measured.values(), strict=True):
+        name = same_step[0].step.name
+        rows.append(
+            f"{name:32}"
+            + "".join(
+                f"{m.cost.flops / 1e9:12.2f} GFLOP{m.cost.sent / 1e6:7.1f} MB" for m in same_step
+            )
+        )
+    return "\n".join([*rows, ""])

@@ -15,6 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mbpo_jax.models.layers import (
@@ -24,6 +25,8 @@ from mbpo_jax.models.layers import (
     linear,
     lookup,
     matmul,
+    rotary_table,
+    softmax_average,
     unstack,
 )
 
@@ -108,6 +111,21 @@ def embed(params: dict, tokens: jax.Array) -> jax.Array:
     return lookup(table, tokens) * table.shape[-1] ** 0.5
 
 
+def for_inference(params: dict, dtype: jnp.dtype) -> dict:
+    """The same two transformers as they are read fastest where no gradient is computed: layers one
+    by one, which nothing has to copy out of a stack, each with as few matrices as its products
+    allow, in the products' `dtype`, so that no output changes."""
+    stack = params["layers"]
+    modulated = {name: norm for name, norm in stack.items() if "Dense_0" in norm}
+
+    def layers(suffix: str) -> list[dict]:
+        return [
+            _cast_matrices(_prepared(layer), dtype) for layer in unstack(_member(stack, suffix))
+        ]
+
+    return {**params, "layers": {**modulated, "language": layers(""), "expert": layers("_1")}}
+
+
 def encode_prefix(
     params: dict,
     tokens: jax.Array,
@@ -126,18 +144,22 @@ def encode_prefix(
         Hidden states after the final norm [B, S, D] (finite garbage where `mask` is False; None if
         `cache_only`), and the cache for `denoise`.
     """
-    layers = _member(params["layers"], "")
-    head_dim = layers["attn"]["attn_vec_einsum"]["w"].shape[-2]
-    rope = _rotation(jnp.cumsum(mask, axis=-1) - 1, head_dim)
+    if "language" in params["layers"]:
+        layers = params["layers"]["language"]
+        depth, head_dim = len(layers), layers[0]["attn"]["out"].shape[-2]
+        stack = [(layer, i == depth - 1) for i, layer in enumerate(layers)]
+    else:
+        layers = _member(params["layers"], "")
+        depth, _, head_dim, _ = layers["attn"]["attn_vec_einsum"]["w"].shape
+        stack = (layers, jnp.arange(depth) == depth - 1)
+    rope = _rotation(jnp.cumsum(mask, axis=-1) - 1, head_dim, mask.shape[-1])
     attend = mask[:, :, None] & mask[:, None, :]
-    depth = params["layers"]["mlp"]["linear"].shape[0]
-    stop = jnp.arange(depth) == depth - 1
 
     def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        weights, stop_here = layer
-        return _block(weights, x, rope, attend, stop_here=stop_here if cache_only else None)
+        weights, is_last = layer
+        return _block(weights, x, rope, attend, stop_here=is_last if cache_only else False)
 
-    x, (keys, values) = loop(block, tokens, (layers, stop))
+    x, (keys, values) = loop(block, tokens, stack)
     features = None if cache_only else _norm(params["final_norm"], x, None)[0]
     return features, KVCache(keys, values, mask)
 
@@ -156,10 +178,12 @@ def modulations(params: dict, condition: jax.Array) -> dict[str, jax.Array]:
 def expert_layers(params: dict, loop: LayerLoop = SCAN) -> dict | list[dict]:
     """The action expert's layers ready for their matrix products: a stack for a loop, one by one
     for an unrolled one. A sampler makes them once for all steps."""
+    if "expert" in params["layers"]:
+        return params["layers"]["expert"]
     stack = _member(params["layers"], "_1")
     if loop.unroll:
-        return [_matrices(layer) for layer in unstack(stack)]
-    return jax.vmap(_matrices)(stack)
+        return [_prepared(layer) for layer in unstack(stack)]
+    return jax.vmap(_prepared)(stack)
 
 
 def denoise(
@@ -185,7 +209,8 @@ def denoise(
     """
     batch, sets, length, width = tokens.shape
     positions = cache.mask.sum(-1, dtype=jnp.int32)[:, None] + jnp.arange(length)
-    rope = _rotation(jnp.tile(positions, (1, sets)), cache.keys.shape[-1])
+    count = cache.mask.shape[-1] + length
+    rope = _rotation(jnp.tile(positions, (1, sets)), cache.keys.shape[-1], count)
     # All sets are one sequence with a block-diagonal mask: each layer is a few large products.
     same_set = jnp.repeat(jnp.repeat(jnp.eye(sets, dtype=bool), length, 0), length, 1)
     within = same_set & jnp.tile(attend, (sets, sets))
@@ -230,7 +255,7 @@ def _member(layers: dict, suffix: str) -> dict:
 
 def _matrices(layer: dict) -> dict:
     """A layer with its attention as two matrices: queries, keys and values of all heads in one,
-    [D, (N + 2 G) H], and the output, [N H, D]. One that has them already is left as it is."""
+    [D, (N + 2 G) H], and the output, [N, H, D]. One that has them already is left as it is."""
     attention = layer["attn"]
     if "qkv" in attention:
         return layer
@@ -241,14 +266,37 @@ def _matrices(layer: dict) -> dict:
     )
     out = attention["attn_vec_einsum"]["w"]  # [N, H, D]
     qkv = jnp.concatenate(heads).swapaxes(0, 1).reshape(out.shape[-1], -1)
-    return {**layer, "attn": {"qkv": qkv, "out": out.reshape(-1, out.shape[-1])}}
+    return {**layer, "attn": {"qkv": qkv, "out": out}}
 
 
-def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=None):
+def _prepared(layer: dict) -> dict:
+    """`_matrices`, and the two gating matrices of the MLP as one, [D, 2 F]: where there are few
+    tokens, a product costs more to start than to compute."""
+    mlp = layer["mlp"]
+    gating = jnp.concatenate([*mlp["gating_einsum"]], axis=1)
+    return {**_matrices(layer), "mlp": {"gating": gating, "linear": mlp["linear"]}}
+
+
+def _cast_matrices(layer: dict, dtype: jnp.dtype) -> dict:
+    return layer | {
+        part: {name: x.astype(dtype) for name, x in layer[part].items()} for part in ("attn", "mlp")
+    }
+
+
+def _gates(mlp: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two halves [B, T, F] of a gated MLP's hidden layer."""
+    if "gating" in mlp:
+        gated, plain = jnp.split(matmul(x, mlp["gating"]), 2, axis=-1)
+        return gated, plain
+    gated, plain = (matmul(x, kernel) for kernel in mlp["gating_einsum"])
+    return gated, plain
+
+
+def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=False):
     """One layer over x [B, T, D]; also returns its own keys and values [B, G, T, H].
 
     `context`: earlier keys and values [B, G, S, H] to attend to; `attend` bool [B, T, S + T].
-    `stop_here`: bool scalar, True leaves x as it is.
+    `stop_here`: bool, or a bool scalar; True leaves x as it is.
     """
     modulation, weights = modulation or {}, _matrices(weights)
     normed, attention_gate = _norm(weights.get(NORMS[0]), x, modulation.get(NORMS[0]))
@@ -261,23 +309,24 @@ def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=No
             values = jnp.concatenate([context[1], value], axis=2)
         x = x + _attention(weights["attn"], query, keys, values, attend) * attention_gate
         normed, gate = _norm(weights.get(NORMS[1]), x, modulation.get(NORMS[1]))
-        gated, plain = (matmul(normed, kernel) for kernel in weights["mlp"]["gating_einsum"])
+        gated, plain = _gates(weights["mlp"], normed)
         hidden = jax.nn.gelu(gated, approximate=True) * plain
         return x + matmul(hidden, weights["mlp"]["linear"]) * gate
 
-    x = rest(x) if stop_here is None else jax.lax.cond(stop_here, lambda x: x, rest, x)
+    if not isinstance(stop_here, bool):
+        x = jax.lax.cond(stop_here, lambda x: x, rest, x)
+    elif not stop_here:
+        x = rest(x)
     return x, (key, value)
 
 
 def _heads(weights, x, rope):
     """Rotated and scaled queries [B, N, T, H], rotated keys and values [B, G, T, H]."""
-    head_dim = 2 * rope[0].shape[-1]
-    queries = weights["out"].shape[0] // head_dim
+    queries, head_dim, _ = weights["out"].shape
     heads = matmul(x, weights["qkv"]).reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
     groups = (heads.shape[1] - queries) // 2
-    rotated = _rotate(heads[:, : queries + groups], rope)
-    query, key = rotated[:, :queries], rotated[:, queries:]
-    return query * head_dim**-0.5, key, heads[:, queries + groups :]
+    query, key, value = jnp.split(heads, (queries, queries + groups), axis=1)
+    return _rotate(query, rope) * head_dim**-0.5, _rotate(key, rope), value
 
 
 def _attention(weights, query, keys, values, attend):
@@ -289,23 +338,24 @@ def _attention(weights, query, keys, values, attend):
     logits = jnp.einsum("bgqh,bgkh->bgqk", rows, keys, preferred_element_type=jnp.float32)
     logits = logits.reshape(batch, groups, -1, length, size)
     logits = jnp.where(attend[:, None, None], logits, MASKED_LOGIT)
-    probs = jax.nn.softmax(logits).astype(query.dtype).reshape(batch, groups, -1, size)
-    mixed = jnp.einsum("bgqk,bgkh->bgqh", probs, values)
+    mixed = softmax_average(logits.reshape(batch, groups, -1, size), values)
     mixed = mixed.reshape(batch, heads, length, head_dim).swapaxes(1, 2)
-    return matmul(mixed.reshape(batch, length, -1), weights["out"])
+    return matmul(
+        mixed.reshape(batch, length, -1), weights["out"].reshape(-1, weights["out"].shape[-1])
+    )
 
 
-def _rotation(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Sines and cosines [B, 1, T, H / 2] of rotary positions [B, T] (RoPE, arXiv 2104.09864)."""
+def _rotation(positions: jax.Array, head_dim: int, count: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, 1, T, H / 2] of rotary positions [B, T] below `count`."""
     half = head_dim // 2
-    wavelength = ROPE_WAVELENGTH ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (positions[..., None] / wavelength)[:, None]
-    return jnp.sin(angle), jnp.cos(angle)
+    wavelengths = np.float32(ROPE_WAVELENGTH) ** (np.arange(half, dtype=np.float32) / half)
+    table = rotary_table(positions, 1 / wavelengths, count)
+    return tuple(x[:, None] for x in table)
 
 
 def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the two halves of every head, x [B, N, T, H]."""
-    sin, cos = rotation
+    cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def lecun_normal(key: jax.Array, shape: Sequence[int], fan_in: int) -> jax.Array:
@@ -87,6 +88,34 @@ def linear(weights: dict, x: jax.Array) -> jax.Array:
     """x [..., fan_in] -> [..., fan_out] with "kernel" and perhaps "bias", in the dtype of `x`."""
     y = matmul(x, weights["kernel"])
     return y + weights["bias"].astype(x.dtype) if "bias" in weights else y
+
+
+def rotary_table(
+    positions: jax.Array, frequencies: np.ndarray, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [*B, n, F] of position * frequency, float32, for int positions [*B, n] from 0 to
+    `count` - 1 and frequencies [F] (RoPE, arXiv 2104.09864).
+
+    They are read from a table: XLA's CPU backend would compute them anew in every layer of an
+    unrolled loop.
+    """
+    angles = np.arange(count, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+    cos, sin = (f(angles.astype(np.float64)).astype(np.float32) for f in (np.cos, np.sin))
+    return tuple(jnp.take(table, positions, axis=0, mode="clip") for table in (cos, sin))
+
+
+def softmax_average(logits: jax.Array, values: jax.Array) -> jax.Array:
+    """Averages of values [*B, S, H] with weights softmax(logits) over S, float32 logits [*B, T, S]
+    -> [*B, T, H], in the dtype of `values`. Each row needs a finite logit.
+
+    Weights are divided by their sum after the product, where there is less to divide, and their
+    gradient needs no sum over S (as in FlashAttention, arXiv 2205.14135, section 3.1).
+    """
+    highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    sums = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return (sums / total).astype(values.dtype)
 
 
 def unstack(stack: Any) -> list[Any]:

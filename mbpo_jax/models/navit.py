@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mbpo_jax.models.layers import dense, linear
+from mbpo_jax.models.layers import dense, linear, softmax_average
 
 Params = Any
 
@@ -96,12 +96,12 @@ def encoder_layer(weights: Params, config: NaViTConfig, x: Float[Array, "B n D"]
     attn = weights["self_attn"]
     y = layer_norm(x, weights["layer_norm1"], config.norm_eps)
     q, k, v = (
-        linear(attn[name], y).reshape(b, n, config.num_heads, -1)
+        linear(attn[name], y).reshape(b, n, config.num_heads, -1).swapaxes(1, 2)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
-    probabilities = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bnqk,bknh->bqnh", probabilities, v).reshape(b, n, d)
+    q = q * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32)
+    mixed = softmax_average(scores, v).swapaxes(1, 2).reshape(b, n, d)
     x = x + linear(attn["out_proj"], mixed)
     y = layer_norm(x, weights["layer_norm2"], config.norm_eps)
     y = jax.nn.gelu(linear(weights["mlp"]["fc1"], y), approximate=True)

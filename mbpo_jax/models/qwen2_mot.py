@@ -23,7 +23,14 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from mbpo_jax.models.layers import LayerLoop, gathered, linear, lookup
+from mbpo_jax.models.layers import (
+    LayerLoop,
+    gathered,
+    linear,
+    lookup,
+    rotary_table,
+    softmax_average,
+)
 
 Params = Any
 EXPERTS = ("und", "gen")
@@ -139,11 +146,11 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return (y * scale).astype(x.dtype)
 
 
-def rope_angles(positions: Int[Array, "*B n"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin [*B, n, head_dim/2] of position * theta^(-2i/head_dim)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_angles(
+    positions: Int[Array, "*B n"], head_dim: int, theta: float, count: int
+) -> tuple[Array, Array]:
+    """cos and sin [*B, n, head_dim/2] of position * theta^(-2i/head_dim); positions < `count`."""
+    return rotary_table(positions, theta ** (-np.arange(0, head_dim, 2) / head_dim), count)
 
 
 def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Array:
@@ -248,7 +255,8 @@ def _prepare(params, config, segments, cache, collect):
     x = tuple(jnp.concatenate([getattr(s, e) for s in segments], axis=1) for e in EXPERTS)
     lengths = [stream.shape[1] for stream in x]
     positions, position = segment_positions(segments, cache.position)
-    cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)
+    count = cache.valid.shape[1] + positions.shape[1]  # of positions: there are fewer than tokens
+    cos, sin = rope_angles(positions, config.head_dim, config.rope_theta, count)
 
     visible = jnp.asarray(attention_mask(segments))[None] & _valid(segments)[:, None, :]
     past = jnp.broadcast_to(cache.valid[:, None], (*visible.shape[:2], cache.valid.shape[1]))
@@ -304,11 +312,9 @@ def _attention(q, k, v, bias):
     q = q.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, -1, groups * length, size)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, -1, groups, length, k.shape[2]) * size**-0.5
-    weights = jax.nn.softmax(scores + bias[:, None, None], axis=-1).astype(v.dtype)
-    weights = weights.reshape(batch, -1, groups * length, k.shape[2])
-    mixed = jnp.einsum("bkts,bksh->bkth", weights, v)
+    scores = jnp.einsum("bkth,bksh->bkts", q * size**-0.5, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, -1, groups, length, k.shape[2]) + bias[:, None, None]
+    mixed = softmax_average(scores.reshape(batch, -1, groups * length, k.shape[2]), v)
     mixed = mixed.reshape(batch, -1, groups, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads * size)
 

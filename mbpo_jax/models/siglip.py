@@ -10,9 +10,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mbpo_jax.models.layers import SCAN, LayerLoop, dense, lecun_normal, linear, matmul
+from mbpo_jax.models.layers import (
+    SCAN,
+    LayerLoop,
+    dense,
+    lecun_normal,
+    linear,
+    matmul,
+    softmax_average,
+    unstack,
+)
 
 LAYER_NORM_EPSILON = 1e-6
+ATTENTION = "MultiHeadDotProductAttention_0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +75,7 @@ def init(key: jax.Array, config: SiglipConfig, output_dim: int) -> dict:
             "encoderblock": {
                 "LayerNorm_0": norm(depth),
                 "LayerNorm_1": norm(depth),
-                "MultiHeadDotProductAttention_0": {
+                ATTENTION: {
                     "query": projection(),
                     "key": projection(),
                     "value": projection(),
@@ -83,6 +93,26 @@ def init(key: jax.Array, config: SiglipConfig, output_dim: int) -> dict:
         },
         "head": dense(next(keys), width, output_dim),
     }
+
+
+def for_inference(params: dict, dtype: jnp.dtype) -> dict:
+    """The same encoder as it is read fastest where no gradient is computed: layers one by one,
+    which nothing has to copy out of a stack, queries, keys and values by one matrix, and matrices
+    in the products' `dtype`, so that no output changes."""
+
+    def cast(path, x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if path[-1].key == "kernel" else x
+
+    def prepared(block: dict) -> dict:
+        attention = block[ATTENTION]
+        parts = [attention[name] for name in ("query", "key", "value")]
+        joined = {name: jnp.concatenate([p[name] for p in parts], axis=-2) for name in parts[0]}
+        block = {**block, ATTENTION: {"qkv": joined, "out": attention["out"]}}
+        return jax.tree_util.tree_map_with_path(cast, block)
+
+    transformer = params["Transformer"]
+    blocks = [prepared(block) for block in unstack(transformer["encoderblock"])]
+    return {**params, "Transformer": {**transformer, "encoderblock": blocks}}
 
 
 def encode(
@@ -105,9 +135,7 @@ def encode(
     x = (x + params["pos_embedding"]).astype(dtype)
 
     def block(x: jax.Array, weights: dict) -> tuple[jax.Array, None]:
-        x = x + _attention(
-            weights["MultiHeadDotProductAttention_0"], _layer_norm(weights["LayerNorm_0"], x)
-        )
+        x = x + _attention(weights[ATTENTION], _layer_norm(weights["LayerNorm_0"], x))
         mlp = weights["MlpBlock_0"]
         hidden = linear(mlp["Dense_0"], _layer_norm(weights["LayerNorm_1"], x))
         return x + linear(mlp["Dense_1"], jax.nn.gelu(hidden, approximate=True)), None
@@ -131,12 +159,13 @@ def _attention(weights: dict, x: jax.Array) -> jax.Array:
         heads = matmul(x, kernel.reshape(x.shape[-1], -1)).reshape(*x.shape[:2], *bias.shape)
         return (heads + bias.astype(x.dtype)).swapaxes(1, 2)
 
-    query = project("query") * weights["query"]["bias"].shape[-1] ** -0.5
-    logits = jnp.einsum(
-        "bnqh,bnkh->bnqk", query, project("key"), preferred_element_type=jnp.float32
-    )
-    probs = jax.nn.softmax(logits).astype(x.dtype)
-    mixed = jnp.einsum("bnqk,bnkh->bnqh", probs, project("value")).swapaxes(1, 2)
+    if "qkv" in weights:
+        query, key, value = jnp.split(project("qkv"), 3, axis=1)
+    else:
+        query, key, value = (project(name) for name in ("query", "key", "value"))
+    query = query * query.shape[-1] ** -0.5
+    logits = jnp.einsum("bnqh,bnkh->bnqk", query, key, preferred_element_type=jnp.float32)
+    mixed = softmax_average(logits, value).swapaxes(1, 2)
     out = weights["out"]
     kernel = out["kernel"].reshape(-1, x.shape[-1])
     return matmul(mixed.reshape(*x.shape[:2], -1), kernel) + out["bias"].astype(x.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mbpo_jax.models.layers import matmul
+from mbpo_jax.models.layers import matmul, softmax_average
 
 Params = Any
 
@@ -235,8 +235,8 @@ def attention_block(weights: Params, x: Float[Array, "B H W C"], config: VAEConf
     b, height, width, c = x.shape
     y = group_norm(weights["norm"], x, config)
     q, k, v = (convolve(weights[name], y).reshape(b, -1, c) for name in "qkv")
-    scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
-    y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores * c**-0.5, axis=-1).astype(v.dtype), v)
+    scores = jnp.einsum("bqc,bkc->bqk", q * c**-0.5, k, preferred_element_type=jnp.float32)
+    y = softmax_average(scores, v)
     return x + convolve(weights["proj_out"], y.reshape(b, height, width, c))
 
 

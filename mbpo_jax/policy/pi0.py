@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from mbpo_jax.models.layers import SCAN, LayerLoop
 from mbpo_jax.models.normalization import NormStats, normalize, unnormalize
 from mbpo_jax.policy import augment, critic, flow, inputs, lora, network
 from mbpo_jax.policy.config import Pi0Config
@@ -61,6 +62,12 @@ class FlowPolicy:
             actor["lora"] = lora.init(lora_key, actor, self.config.lora)
         features = self.config.language.width
         return {"actor": actor, "critic": critic.init(critic_key, features, self.config.critic)}
+
+    def for_inference(self, params: Params) -> Params:
+        """The same policy, faster wherever no gradient is computed: every method takes these
+        parameters and gives the same result."""
+        actor = network.for_inference(self._network(params["actor"]), self.config)
+        return {**params, "actor": actor}
 
     def check(self, observation: Observation) -> None:
         """Raises a ValueError that names the field that the policy cannot read.
@@ -153,11 +160,12 @@ class FlowPolicy:
         """Actions [B, k, A] for evaluation: random initial noise, then the deterministic flow in
         `config.eval_steps` Euler steps."""
         actor = params["actor"]
-        prefix = self._encode(actor, observation, with_features=False)
+        # Without a gradient to compute, unrolled layers would only be copied out of their stack.
+        prefix = self._encode(actor, observation, with_features=False, loop=SCAN)
         velocity = self._velocity(actor, prefix)
         if self.config.advantage_conditioned and self.config.guidance != 1:
             hidden = jnp.zeros(prefix.cache.mask.shape[0], bool)
-            free = self._encode(actor, observation, with_features=False, shown=hidden)
+            free = self._encode(actor, observation, with_features=False, shown=hidden, loop=SCAN)
             velocity = flow.guided(velocity, self._velocity(actor, free), self.config.guidance)
         noise = self._noise(key, prefix)
         x = flow.sample_ode(velocity, noise, self.config.eval_steps, self._at_times(actor))
@@ -187,6 +195,7 @@ class FlowPolicy:
         augment_key: jax.Array | None = None,
         optimal: Array | None = None,
         shown: Array | None = None,
+        loop: LayerLoop | None = None,
     ) -> Prefix:
         self.check(observation)
         images = inputs.images(observation, self.config, self.cameras)
@@ -211,7 +220,14 @@ class FlowPolicy:
             optimal, shown = (every if x is None else jnp.asarray(x) for x in (optimal, shown))
             prompt = inputs.with_optimality(prompt, self.config, optimal, shown)
         return network.encode(
-            self._network(actor), self.config, images, image_mask, prompt, state, with_features
+            self._network(actor),
+            self.config,
+            images,
+            image_mask,
+            prompt,
+            state,
+            with_features,
+            loop,
         )
 
     def _velocity(self, actor: Params, prefix: Prefix) -> flow.VelocityFunction:

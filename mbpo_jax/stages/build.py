@@ -80,9 +80,10 @@ def build_policy(config: Config, norm_stats: dict[str, NormStats]) -> FlowPolicy
 
 
 def load_policy(config: Config, sft_directory: Path, params_directory: Path):
-    """The policy and parameters that a stage left behind: (FlowPolicy, params)."""
+    """The policy that a stage left behind, ready to act: (FlowPolicy, params for inference)."""
     policy = build_policy(config, read_norm_stats(sft_directory / "norm_stats.json"))
-    return policy, load_params(params_directory, abstract_params(policy))
+    params = load_params(params_directory, abstract_params(policy))
+    return policy, jax.jit(policy.for_inference)(params)
 
 
 def acting_program(policy: FlowPolicy, seed: int) -> Callable[[Params, Observation, Array], Array]:

@@ -180,7 +180,7 @@ def optimize_policy(
                     scalars |= (imagined := _branch_metrics(branch))
                 elif i % rl.value_recompute_every == 0:
                     branch = revalue(state.params, branch)
-                stop = asked_to_stop()
+                stop = asked_to_stop(i)
                 if stop or (imagined and i - saved >= rl.checkpoint_every):
                     # Either is done again from this state, with the same result.
                     progress = {"skipped_in_a_row": guard.in_a_row}

@@ -1,10 +1,18 @@
-"""SIGTERM, as preemptible machines send it: keep what there is, say so, and exit with status 0."""
+"""SIGTERM, as preemptible machines send it: keep what there is, say so, and exit with status 0.
+
+Where several processes share a program, JAX listens to it instead (its preemption service): one
+that any of them receives stops all of them after the same step, and what comes between loops is
+heard in the next one.
+"""
 
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Interrupted(SystemExit):
@@ -33,22 +41,31 @@ def interruptible(message: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], bool]]:
-    """SIGTERM is only noted; the yielded function says whether it came.
+def deferred() -> Iterator[Callable[[int], bool]]:
+    """SIGTERM is only noted; the yielded function, to be called with the number of every step, says
+    whether to stop after it.
 
     For loops that must finish a step and save before they raise `Interrupted` themselves. One that
     came too late for that is raised at the end.
     """
     noted = threading.Event()
+
+    def asked(step: int) -> bool:
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+            noted.set()
+        return noted.is_set()
+
     with _handler(lambda *_: noted.set()):
-        yield noted.is_set
+        yield asked
     if noted.is_set():
         raise Interrupted("stopped by SIGTERM after the last step; everything is saved")
 
 
 @contextlib.contextmanager
 def _handler(handler) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
+    if jax.distributed.is_initialized() or (
+        threading.current_thread() is not threading.main_thread()
+    ):
         yield  # only the main thread may have handlers, and only it receives signals
         return
     before = signal.signal(signal.SIGTERM, handler)

@@ -200,7 +200,7 @@ def fit(
                     window = []
                     writer.write(done, means)
                     bar.set_postfix(loss=f"{means['loss']:.4f}")
-                stop = asked_to_stop()
+                stop = asked_to_stop(i)
                 if done % checkpoint_every == 0 or done == steps or stop:
                     guard.settle()
                     window = _on_host(window)

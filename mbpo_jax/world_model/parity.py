@@ -91,8 +91,9 @@ def folder_rows(folder: Path) -> list[Row]:
 def embedding_rows(golden: Golden, name: str, z: dict) -> list[Row]:
     """Time features and embedding, position tables, rotations, times, masks and norms."""
     params, config = golden.params, golden.config
+    positions, mot = z["rope_positions"], config.mot
     cos, sin = qwen2_mot.rope_angles(
-        z["rope_positions"], config.mot.head_dim, config.mot.rope_theta
+        positions, mot.head_dim, mot.rope_theta, int(np.max(positions)) + 1
     )
     rows = [
         row("t_freq", model.time_features(z["t"]), z["t_freq"]),

@@ -1,3 +1,7 @@
+import re
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -100,3 +104,15 @@ def test_the_roofline_by_hand(measured):
     peaks = plan.Peaks("", flops=5.0, memory=10.0, link=2.0, network=1.0)
     assert step.seconds(peaks, 8) == {"compute": 2, "memory": 3, "link": 7, "network": 0}
     assert step.seconds(peaks, 16) == {"compute": 2, "memory": 3, "link": 3, "network": 8}
+
+
+def test_weak_scaling_keeps_a_devices_work_and_adds_the_gradients_exchange():
+    command = [sys.executable, "-m", "experiments.plan", "--config=configs/libero_long.py:tiny"]
+    command += ["--weak_scaling=1,2", "--devices=2", "--only=SFT"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    row = next(line for line in printed.splitlines() if line.startswith("SFT step"))
+    alone, sent_alone, one_of_two, sent = map(float, re.findall(r"[\d.]+", row))
+    assert one_of_two == pytest.approx(alone, rel=0.02)
+    # Float32 gradients of the variant's 0.9 M parameters: 2 (g - 1) / g = 1 times their bytes.
+    assert sent_alone == 0.0
+    assert sent == pytest.approx(4 * 0.9, rel=0.15)

@@ -77,7 +77,7 @@ def test_positions_skip_padding_and_give_an_image_one():
 
 def test_rotation_by_hand():
     # head_dim 2: one frequency, 1. (1, 0) turned by position 2 is (cos 2, sin 2).
-    cos, sin = qwen2_mot.rope_angles(jnp.array([[2]]), 2, 1e4)
+    cos, sin = qwen2_mot.rope_angles(jnp.array([[2]]), 2, 1e4, 3)
     turned = qwen2_mot.rotate(jnp.array([[[[1.0, 0.0]]]]), cos, sin)
     np.testing.assert_allclose(turned[0, 0, 0], [np.cos(2.0), np.sin(2.0)], atol=1e-6)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mbpo_jax.policy import network
-from mbpo_jax.policy.config import variants
+from mbpo_jax.policy.config import LoraConfig, variants
 from mbpo_jax.types import Prompt
 
 from .conftest import ACTION_DIM, FLOWS, TINY, make_observation, make_policy, random_params, stats
@@ -239,3 +239,36 @@ def test_impossible_configs_are_refused():
         dataclasses.replace(TINY.flow, method="cps")
     with pytest.raises(ValueError, match="action_dim >= 3"):
         make_policy(action_dim=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pi05": False, "unroll": True},
+        {"lora": LoraConfig(rank=2)},
+        {"dtype": "bfloat16"},
+    ],
+    ids=["pi05", "pi0", "lora", "bfloat16"],
+)
+def test_parameters_for_inference_change_no_result(observation, options):
+    policy = make_policy(**options)
+    params = random_params(policy)
+    fast = policy.for_inference(params)
+    assert "lora" not in fast["actor"]
+    key = jax.random.key(3)
+    results = []
+    for given in (params, fast):
+        prefix = policy.encode(given, observation)
+        sample = policy.sample(given, prefix, key)
+        results.append(
+            {
+                "act": policy.act(given, observation, key),
+                "actions": sample.actions,
+                "log_prob": policy.log_prob(given, prefix, sample.chain),
+                "value": policy.value(given, prefix),
+            }
+        )
+    tolerance = 6e-2 if policy.config.dtype == "bfloat16" else 1e-4
+    for name, expected in results[0].items():
+        np.testing.assert_allclose(results[1][name], expected, tolerance, tolerance, err_msg=name)

@@ -166,10 +166,8 @@ def change(before, after):
     return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, after)
 
 
-def toy_runs(mesh: str, directory: Path) -> dict:
-    """The loops themselves on problems that compile at once: supervised training that is stopped,
-    restored and continued, and policy optimisation. Optimiser states are split by a rule."""
-    mesh, rollout = ("4x2", "pmap") if mesh == "pmap" else (mesh, "shard_map")
+def toy_training(mesh: str, directory: Path, steps: int, checkpoint_every: int = 3) -> dict:
+    """Supervised training of a problem that compiles at once, up to `steps`."""
     rng = np.random.default_rng(0)
     records = rng.normal(size=(ROWS, 8)).astype(np.float32)
     source = Source(lambda i, _: records[i], [(i, 0) for i in range(ROWS)])
@@ -179,27 +177,34 @@ def toy_runs(mesh: str, directory: Path) -> dict:
         loss = jnp.mean(jnp.square(noisy @ params["kernel"] - jnp.flip(batch, 1)))
         return loss, {"error": loss}
 
+    return fit(
+        loss_fn,
+        {"kernel": np.eye(8, dtype=np.float32)},
+        {},
+        lambda step: batches(source, 8, 0, start_step=step),
+        directory=directory,
+        mesh=make_mesh(int(mesh[-1])),
+        rules=RULES,
+        seed=0,
+        name="toy",
+        steps=steps,
+        learning_rate=0.1,
+        warmup_steps=0,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        ema_decay=0.9,
+        log_every=1,
+        checkpoint_every=checkpoint_every,
+        loggers=(),
+    )
+
+
+def toy_runs(mesh: str, directory: Path) -> dict:
+    """The loops themselves on problems that compile at once: supervised training that is stopped,
+    restored and continued, and policy optimisation. Optimiser states are split by a rule."""
+    mesh, rollout = ("4x2", "pmap") if mesh == "pmap" else (mesh, "shard_map")
     for steps in (3, 5):
-        average = fit(
-            loss_fn,
-            {"kernel": np.eye(8, dtype=np.float32)},
-            {},
-            lambda step: batches(source, 8, 0, start_step=step),
-            directory=directory / "sft",
-            mesh=make_mesh(int(mesh[-1])),
-            rules=RULES,
-            seed=0,
-            name="toy",
-            steps=steps,
-            learning_rate=0.1,
-            warmup_steps=0,
-            weight_decay=0.0,
-            grad_clip=1.0,
-            ema_decay=0.9,
-            log_every=1,
-            checkpoint_every=3,
-            loggers=(),
-        )
+        average = toy_training(mesh, directory / "sft", steps)
     starts = Source(
         lambda i, _: jax.tree.map(lambda x: x[0], observation([0.4 + i / 32])),
         [(i, 0) for i in range(ROWS)],
@@ -236,6 +241,7 @@ def flat(results: dict) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--train", type=int, help="steps of `toy_training` in OUT, nothing else")
     parser.add_argument("--toys", default="")
     parser.add_argument("--networks", default="")
     parser.add_argument("--trainings", default=",".join(TRAININGS))
@@ -247,6 +253,9 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     if options.processes > 1:
         start_processes(f"localhost:{options.port}", options.processes, options.process)
+    if options.train:
+        toy_training("4x2", options.out, options.train, checkpoint_every=10_000)
+        return
     results = {}
     for mesh in filter(None, options.toys.split(",")):
         results[f"{mesh}/toy"] = flat(toy_runs(mesh, options.out / mesh))

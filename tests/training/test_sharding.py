@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from jax.sharding import AxisType, PartitionSpec
 from configs.libero_long import get_config
 from mbpo_jax.policy.config import variants
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.training.checkpoints import Checkpoints
+from mbpo_jax.training.metrics import read_metrics
 from mbpo_jax.training.sharding import frozen_weight_sharding, map_rows, parameter_sharding
 from tests.policy.conftest import stats
 from tests.training.sharded_steps import TRAININGS, flat, network_steps, toy_runs
@@ -103,12 +107,30 @@ def test_the_loops_equal_one_device(toys_on_one_device, eight_devices, mesh):
     assert_same(part(eight_devices, f"{mesh}/toy"), toys_on_one_device)
 
 
-def test_two_processes_equal_one(eight_devices, tmp_path):
+def run_two(*arguments) -> list[subprocess.Popen]:
+    """Two processes with four devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = ["--toys=4x2", "--processes=2", f"--port={port}"]
-    finish(*[run(tmp_path, f"--process={i}", *shared) for i in range(2)])
+    shared = [*arguments, "--processes=2", f"--port={port}"]
+    return [run(*shared, f"--process={i}") for i in range(2)]
+
+
+def test_a_sigterm_to_one_process_stops_both_and_nothing_is_lost(tmp_path):
+    processes = run_two(tmp_path, "--train=1000000")
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and processes[0].poll() is None:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(*processes)
+    with Checkpoints(tmp_path / "checkpoints", {"seed": 0}) as checkpoints:
+        saved = checkpoints.latest_step()
+    finish(*run_two(tmp_path, f"--train={saved + 2}"))
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, saved + 3))
+
+
+def test_two_processes_equal_one(eight_devices, tmp_path):
+    finish(*run_two(tmp_path, "--toys=4x2"))
     found = dict(np.load(tmp_path / "results.npz"))
     assert_same(part(found, "4x2/toy"), part(eight_devices, "4x2/toy"))
 
