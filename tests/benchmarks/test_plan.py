@@ -9,6 +9,8 @@ import pytest
 from configs.libero_long import get_config
 from mbpo_jax.benchmarks import plan
 from mbpo_jax.benchmarks.hlo import Cost, axes_of_groups, program_cost
+from mbpo_jax.stages.build import build_policy
+from tests.policy.conftest import stats
 
 MESH = {"data": 4, "fsdp": 2}
 # Per round of the loop, of 3: an all-gather over fsdp (groups of 2) with a result of 4096 bytes
@@ -107,12 +109,20 @@ def test_the_roofline_by_hand(measured):
 
 
 def test_weak_scaling_keeps_a_devices_work_and_adds_the_gradients_exchange():
+    depths = {f"policy.{part}.depth": 2 for part in ("language", "expert")}
     command = [sys.executable, "-m", "experiments.plan", "--config=configs/libero_long.py:tiny"]
     command += ["--weak_scaling=1,2", "--devices=2", "--only=SFT"]
+    command += [f"--config.{name}={value}" for name, value in depths.items()]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     row = next(line for line in printed.splitlines() if line.startswith("SFT step"))
     alone, sent_alone, one_of_two, sent = map(float, re.findall(r"[\d.]+", row))
     assert one_of_two == pytest.approx(alone, rel=0.02)
-    # Float32 gradients of the variant's 0.9 M parameters: 2 (g - 1) / g = 1 times their bytes.
     assert sent_alone == 0.0
-    assert sent == pytest.approx(4 * 0.9, rel=0.15)
+
+    config = get_config("tiny").copy_and_resolve_references()
+    config.update_from_flattened_dict(depths)
+    policy = build_policy(config, {name: stats(n) for name, n in (("actions", 7), ("state", 8))})
+    actor = jax.eval_shape(policy.init, jax.random.key(0))["actor"]
+    # The all-reduce of float32 gradients between two: 2 (g - 1) / g = 1 times their bytes.
+    gradients = 4 * sum(x.size for x in jax.tree.leaves(actor)) / 1e6
+    assert sent == pytest.approx(gradients, rel=0.02)
