@@ -33,10 +33,13 @@ USABLE = 0.95  # of a device's memory: the rest is the runtime's, and lost betwe
 HOST_DEVICES = 8  # joined by NVLink; hosts are joined by the network
 OTHER_SUITES_BRANCHES = 512  # start states of the suites other than LIBERO-Long
 PROPRIO = 8  # values of LIBERO's proprioception
-# Neither helps a program that is only looked at, and both take most of the time.
 COMPILER_OPTIONS = {
+    # Neither helps a program that is only looked at, and both take most of the time.
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+    # It would keep the float32 copies that the CPU makes of all bfloat16 weights at once, outside
+    # the loops over layers and denoise steps. Accelerators make none.
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
 }
 
 
