@@ -52,6 +52,12 @@ def get_config(
     return config.lock()
 
 
+def allow_prompts_of(config: ml_collections.ConfigDict, tokens: int) -> None:
+    """Raises the token budgets of instructions to at least this many."""
+    for section in (config.policy, config.world_model):
+        section.max_prompt_tokens = max(section.max_prompt_tokens, tokens)
+
+
 def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.suite = suite

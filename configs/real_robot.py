@@ -13,6 +13,7 @@ def get_config(robot: Embodiment, variant: str = "micro") -> ml_collections.Conf
         ValueError: an unknown variant.
     """
     c = libero_long.get_config(variant, suite=robot.name, robot=robot)
+    libero_long.allow_prompts_of(c, 48)  # instructions are anyone's
     with c.unlocked():
         for simulated in ("max_steps", "workers", "evaluation", "fidelity"):
             del c[simulated]
