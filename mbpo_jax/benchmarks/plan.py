@@ -143,12 +143,15 @@ def plan(config: Config, devices: list[jax.Device], only: str = "") -> tuple[Mes
         ValueError: batch sizes that do not divide the devices.
     """
     mesh = make_mesh(config.parallel.fsdp, devices)
-    chosen = [step for step in steps(config, mesh) if only in step.name]
+    return mesh, _measure_all([s for s in steps(config, mesh) if only in s.name], mesh)
+
+
+def _measure_all(chosen: list[Step], mesh: Mesh) -> list[Measured]:
     measured = []
-    for step in (bar := tqdm(chosen, desc="compiling")):
+    for step in (bar := tqdm(chosen, desc=f"compiling for {mesh.size} devices")):
         bar.set_postfix_str(step.name)
         measured.append(measure(step, mesh))
-    return mesh, measured
+    return measured
 
 
 def weak_scaling(
@@ -165,8 +168,9 @@ def weak_scaling(
     measured = {}
     for count in counts:
         grown = _with_batches_times(config, count // config.parallel.fsdp)
-        _, found = plan(grown, devices[:count], only)
-        measured[count] = [m for m in found if m.step.runs]
+        mesh = make_mesh(config.parallel.fsdp, devices[:count])
+        of_the_run = [s for s in steps(grown, mesh) if s.runs and only in s.name]
+        measured[count] = _measure_all(of_the_run, mesh)
     return measured
 
 
