@@ -75,6 +75,8 @@ def test_a_policy_that_returns_too_few_chunks_is_refused(fake_workers):
 
 @pytest.mark.parametrize("way_out", ["normally", "by an exception", "by Ctrl-C", "unfinished"])
 def test_no_process_is_left_behind(fake_workers, way_out):
+    # A shell's background jobs, such as this suite may be, ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pids = []
 
     def leave():
