@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     if WEAK_SCALING.value:
-        counts = tuple(int(n) for n in WEAK_SCALING.value)
         with one_message():
+            counts = tuple(int(n) for n in WEAK_SCALING.value)
             scaling = plan.weak_scaling(CONFIG.value, jax.devices(), counts, ONLY.value)
         print(plan.weak_scaling_table(scaling))
         return

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mbpo_jax.models import gemma, siglip
-from mbpo_jax.models.layers import LayerLoop, dense, linear
+from mbpo_jax.models.layers import dense, linear
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.types import Prompt
 
@@ -74,7 +74,6 @@ def prefix_tokens(
     images: jax.Array,
     image_mask: jax.Array,
     prompt: Prompt,
-    loop: LayerLoop,
 ) -> tuple[jax.Array, jax.Array]:
     """Image tokens, camera by camera, then prompt tokens.
 
@@ -88,7 +87,7 @@ def prefix_tokens(
     dtype = jnp.dtype(config.dtype)
     batch, views = images.shape[:2]
     flat = images.reshape(batch * views, *images.shape[2:])
-    seen = siglip.encode(actor["PaliGemma"]["img"], config.vision, flat, dtype, loop)
+    seen = siglip.encode(actor["PaliGemma"]["img"], config.vision, flat, dtype, config.layer_loop)
     seen = seen.reshape(batch, views * seen.shape[1], -1)
     words = gemma.embed(actor["PaliGemma"]["llm"], prompt.tokens).astype(dtype)
     image_mask = jnp.repeat(image_mask, config.vision.num_tokens, axis=1)
@@ -104,17 +103,14 @@ def encode(
     prompt: Prompt,
     state: jax.Array | None,
     with_features: bool = True,
-    loop: LayerLoop | None = None,
 ) -> Prefix:
     """The prefix of a batch of observations in the network's units; `state` [B, action_dim].
 
     Without features the last layer's attention and MLP are left out: actions do not depend on them.
-    `loop`: how the layers are run, by default as the config says.
     """
-    loop = loop or config.layer_loop
-    tokens, mask = prefix_tokens(actor, config, images, image_mask, prompt, loop)
+    tokens, mask = prefix_tokens(actor, config, images, image_mask, prompt)
     hidden, cache = gemma.encode_prefix(
-        actor["PaliGemma"]["llm"], tokens, mask, loop, not with_features
+        actor["PaliGemma"]["llm"], tokens, mask, config.layer_loop, not with_features
     )
     features = None
     if with_features:

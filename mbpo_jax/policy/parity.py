@@ -101,9 +101,7 @@ def _network_rows(folder: Path) -> list[Row]:
     prompt = Prompt(golden["tokenized_prompt"], golden["tokenized_prompt_mask"])
     state = None if config.pi05 else jnp.asarray(golden["state"])
 
-    tokens, mask = network.prefix_tokens(
-        actor, config, images, image_mask, prompt, config.layer_loop
-    )
+    tokens, mask = network.prefix_tokens(actor, config, images, image_mask, prompt)
     hidden, cache = gemma.encode_prefix(actor["PaliGemma"]["llm"], tokens, mask)
     prefix = network.encode(actor, config, images, image_mask, prompt, state)
     noisy, target = flow.interpolate(golden["actions"], golden["noise"], golden["time"])

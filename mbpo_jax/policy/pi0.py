@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from mbpo_jax.models.layers import SCAN, LayerLoop
 from mbpo_jax.models.normalization import NormStats, normalize, unnormalize
 from mbpo_jax.policy import augment, critic, flow, inputs, lora, network
 from mbpo_jax.policy.config import Pi0Config
@@ -160,12 +159,11 @@ class FlowPolicy:
         """Actions [B, k, A] for evaluation: random initial noise, then the deterministic flow in
         `config.eval_steps` Euler steps."""
         actor = params["actor"]
-        # Without a gradient to compute, unrolled layers would only be copied out of their stack.
-        prefix = self._encode(actor, observation, with_features=False, loop=SCAN)
+        prefix = self._encode(actor, observation, with_features=False)
         velocity = self._velocity(actor, prefix)
         if self.config.advantage_conditioned and self.config.guidance != 1:
             hidden = jnp.zeros(prefix.cache.mask.shape[0], bool)
-            free = self._encode(actor, observation, with_features=False, shown=hidden, loop=SCAN)
+            free = self._encode(actor, observation, with_features=False, shown=hidden)
             velocity = flow.guided(velocity, self._velocity(actor, free), self.config.guidance)
         noise = self._noise(key, prefix)
         x = flow.sample_ode(velocity, noise, self.config.eval_steps, self._at_times(actor))
@@ -195,7 +193,6 @@ class FlowPolicy:
         augment_key: jax.Array | None = None,
         optimal: Array | None = None,
         shown: Array | None = None,
-        loop: LayerLoop | None = None,
     ) -> Prefix:
         self.check(observation)
         images = inputs.images(observation, self.config, self.cameras)
@@ -220,14 +217,7 @@ class FlowPolicy:
             optimal, shown = (every if x is None else jnp.asarray(x) for x in (optimal, shown))
             prompt = inputs.with_optimality(prompt, self.config, optimal, shown)
         return network.encode(
-            self._network(actor),
-            self.config,
-            images,
-            image_mask,
-            prompt,
-            state,
-            with_features,
-            loop,
+            self._network(actor), self.config, images, image_mask, prompt, state, with_features
         )
 
     def _velocity(self, actor: Params, prefix: Prefix) -> flow.VelocityFunction:
