@@ -119,7 +119,8 @@ def init(config: VAEConfig, key: Array) -> Params:
 def convolve(weights: Params, x: Float[Array, "B H W C"], stride: int = 1) -> Array:
     """Square convolution without padding.
 
-    On CPU it is written as patch extraction and one matmul: XLA's CPU gradient of a convolution is
+    On CPU it is written as patch extraction and one matmul, or, where patches would take more memory
+    than is near, as a matmul for each pixel of the kernel: XLA's CPU gradient of a convolution is
     about four times slower.
     """
     kernel = weights["kernel"].astype(x.dtype)
@@ -130,13 +131,17 @@ def convolve(weights: Params, x: Float[Array, "B H W C"], stride: int = 1) -> Ar
         )
     else:
         height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
+        x = jax.lax.optimization_barrier(x)
         columns = [
             x[:, i : i + stride * height : stride, j : j + stride * width : stride]
             for i in range(size)
             for j in range(size)
         ]
-        matrix = kernel.reshape(size * size * inputs, outputs)
-        y = matmul(jnp.concatenate(columns, axis=-1), matrix)
+        if inputs < 128:
+            y = matmul(jnp.concatenate(columns, axis=-1), kernel.reshape(-1, outputs))
+        else:
+            matrices = kernel.reshape(-1, inputs, outputs)
+            y = sum(matmul(column, matrix) for column, matrix in zip(columns, matrices))
     return y + weights["bias"].astype(x.dtype)
 
 
@@ -188,12 +193,20 @@ def decode(
 
 
 def group_norm(weights: Params, x: Float[Array, "B H W C"], config: VAEConfig) -> Array:
-    """GroupNorm over space and the channels of a group, computed in float32."""
-    y = x.astype(jnp.float32).reshape(*x.shape[:3], config.norm_groups, -1)
-    mean = y.mean((1, 2, 4), keepdims=True)
-    variance = jnp.square(y - mean).mean((1, 2, 4), keepdims=True)
-    y = ((y - mean) * jax.lax.rsqrt(variance + config.norm_eps)).reshape(x.shape)
-    return (y * weights["scale"] + weights["bias"]).astype(x.dtype)
+    """GroupNorm over space and the channels of a group, computed in float32.
+
+    Space is averaged first, channel by channel: XLA's CPU backend is several times slower at
+    averages over axes on both sides of the one it keeps.
+    """
+
+    def group_mean(y):
+        groups = y.mean((1, 2)).reshape(len(y), config.norm_groups, -1).mean(-1)
+        return groups.repeat(y.shape[-1] // config.norm_groups, axis=-1)[:, None, None]
+
+    y = x.astype(jnp.float32)
+    y = y - group_mean(y)
+    y = y * (jax.lax.rsqrt(group_mean(jnp.square(y)) + config.norm_eps) * weights["scale"])
+    return (y + weights["bias"]).astype(x.dtype)
 
 
 def pad(x: Float[Array, "B H W C"]) -> Array:
