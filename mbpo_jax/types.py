@@ -45,6 +45,15 @@ class Observation:
 
 
 @struct.dataclass
+class WorldState:
+    """An observation, and in `memory` what the world model keeps of it: a pytree whose leaves have
+    the same leading axes [*B], or None."""
+
+    observation: Observation
+    memory: Any = None
+
+
+@struct.dataclass
 class Demonstration:
     """A supervised pair for the policy: `actions` float32 [*B, k, A] are the labels; `optimal`
     bool [*B] says whether their episode succeeded, for policies that are conditioned on it."""
@@ -125,12 +134,13 @@ class Policy(Protocol):
 
 
 class WorldModel(Protocol):
-    """Imagination of one action chunk. Both functions are pure."""
+    """Imagination, chunk by chunk. All functions are pure."""
 
-    def step(
-        self, params: Params, observation: Observation, actions: Array, key: Array
-    ) -> Observation:
-        """The observation k environment steps later, every view."""
+    def encode(self, params: Params, observation: Observation, key: Array) -> WorldState:
+        """Where imagination starts: what steps need of a real observation, computed once."""
 
-    def reward(self, params: Params, observation: Observation) -> Array:
-        """Probability [*B] that the task is done in `observation`."""
+    def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
+        """The state k environment steps later, every view."""
+
+    def reward(self, params: Params, state: WorldState) -> Array:
+        """Probability [*B] that the task is done."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbpo_jax.types import ActionSample, Observation, Prompt
+from mbpo_jax.types import ActionSample, Observation, Prompt, WorldState
 
 CHUNK = 2
 DEVIATION = 0.3
@@ -28,11 +28,15 @@ def observation(position) -> Observation:
 class ToyWorld:
     """Implements WorldModel without parameters."""
 
-    def step(self, params, observation, actions, key):
-        return observation.replace(proprio=observation.proprio + actions.mean((1, 2))[:, None])
+    def encode(self, params, observation, key):
+        return WorldState(observation)
 
-    def reward(self, params, observation):
-        return (observation.proprio[:, 0] > 1.0).astype(jnp.float32)
+    def step(self, params, state, actions, key):
+        now = state.observation
+        return WorldState(now.replace(proprio=now.proprio + actions.mean((1, 2))[:, None]))
+
+    def reward(self, params, state):
+        return (state.observation.proprio[:, 0] > 1.0).astype(jnp.float32)
 
 
 class ToyPolicy:

@@ -22,7 +22,7 @@ from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.rl.imagination import branch_keys, imagine
 from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
 from mbpo_jax.types import Observation, Params
-from mbpo_jax.world_model.umm_world import UMMWorld
+from mbpo_jax.world_model.umm_world import Frame, UMMWorld
 
 INSTRUCTION = "pick up the book and place it in the back compartment of the caddy"
 PROPRIO = 8  # LIBERO's end-effector position, axis-angle and two fingers
@@ -30,10 +30,11 @@ PROPRIO = 8  # LIBERO's end-effector position, axis-angle and two fingers
 
 def run(config: Config, size: str, repeats: int) -> list[dict]:
     """Rows at the config's branch length and imagination batch: the whole branch beside the
-    reference's way of doing it, then the parts of one chunk of ours, then those of the reference's.
+    reference's way of doing it, then the parts of a branch of ours, then those of the reference's.
 
-    A part is timed as a program of its own; "share" is its time over that of all parts. The whole
-    may take less than its parts, since one program reads each array once.
+    A part is timed as a program of its own, times how often a branch needs it; "share" is its time
+    over that of all parts. The whole may take less than its parts, since one program reads each
+    array once.
     """
     chunks, batch = config.rl.branch_chunks, config.rl.imagination_batch
     policy, world, params, world_params = models(config)
@@ -53,9 +54,9 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
         )
 
     arguments = (params, world_params, start, key)
-    parts = _parts(policy, _kind(SteppedWorld, world), *arguments)
+    parts = _parts(policy, _kind(SteppedWorld, world), *arguments, chunks)
     runs = {"ours": timed(jax.jit(whole), *arguments)}
-    runs |= {name: timed(jax.jit(function), *inputs) for name, (function, inputs) in parts.items()}
+    runs |= {name: timed(jax.jit(part), *inputs) for name, (part, inputs, _) in parts.items()}
     spent: list[dict[str, float]] = []
     with world_process(_kind(ServedWorld, world), world_params) as ask:
         reference = ReferenceImagination(policy, ask, world.cameras, chunks)
@@ -83,11 +84,11 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
     rows = [
         row
         | {"work": name}
-        | measured({"ours": seconds[name]}, matmul_flops(function, *inputs), peak)
-        for name, (function, inputs) in parts.items()
+        | measured({"ours": times * seconds[name]}, times * matmul_flops(part, *inputs), peak)
+        for name, (part, inputs, times) in parts.items()
     ]
     theirs = [
-        row | {"work": f"reference, {name}", "seconds": _median(spent[1:], name) / chunks}
+        row | {"work": f"reference, {name}", "seconds": _median(spent[1:], name)}
         for name in spent[0]
     ]
     return [total, *_with_shares(rows), *_with_shares(theirs)]
@@ -124,36 +125,35 @@ def _parts(
     world_params: Params,
     start: Observation,
     key: jax.Array,
-) -> dict[str, tuple[Callable, tuple]]:
-    """Name -> (function, arguments) of everything one chunk needs, on inputs as it has them."""
+    chunks: int,
+) -> dict[str, tuple[Callable, tuple, int]]:
+    """Name -> (function, arguments, times) of everything a branch needs, on inputs as it has them,
+    and how many times it does."""
 
     def act(params, observation, key):
         return policy.sample(params, policy.encode(params, observation), key)
 
-    def autoencoder(world_params, images):
-        """Encodes every view and decodes as many pictures as a step does."""
-        latents = world.encode_images(world_params, jnp.concatenate([*images.values()]))
-        decoded = 2 if world.config.prediction == "residual" else 1
-        return world.decode_latents(world_params, jnp.concatenate([latents] * decoded))
-
     prefix = jax.jit(policy.encode)(params, start)
     actions = jax.jit(act)(params, start, key).actions
-    frames = {c: jax.jit(world.frame)(world_params, start.images[c], key) for c in world.cameras}
+    state = jax.jit(world.encode)(world_params, start, key)
+    frames = state.memory
     parts = {
-        "policy": (act, (params, start, key)),
-        "value": (policy.value, (params, prefix)),
-        "autoencoder": (autoencoder, (world_params, dict(start.images))),
-        "reward": (world.reward, (world_params, start)),
+        "policy": (act, (params, start, key), chunks),
+        "value": (policy.value, (params, prefix), chunks + 1),
+        "encoding the start": (world.encode, (world_params, start, key), 1),
+        "reward": (world.reward, (world_params, state), chunks),
     }
-    done: dict = {}
+    done: dict[str, Frame] = {}
     for camera in world.cameras:
         view = functools.partial(world.view, camera=camera)
-        parts[f"dynamics {camera}"] = (view, (world_params, start, frames, done, actions, key))
-        # A later view finds the ViT features of the current frames; those of the views before it,
-        # of which the last alone is new, it computes.
-        if not done:
-            frames = {c: jax.jit(world.seen)(world_params, frame) for c, frame in frames.items()}
-        done = {c: frames[c] for c in done} | {camera: frames[camera].replace(features=None)}
+        picture = functools.partial(world.picture, camera=camera)
+        tokens = frames[camera].tokens
+        inputs = (world_params, start, frames, done, actions, key)
+        parts[f"dynamics {camera}"] = (view, inputs, chunks)
+        parts[f"picture {camera}"] = (picture, (world_params, frames[camera], tokens), chunks)
+        # The first view computes the features that are missing, for later views too.
+        frames = {c: jax.jit(world.seen)(world_params, frame) for c, frame in frames.items()}
+        done[camera] = frames[camera]
     return parts
 
 

@@ -35,11 +35,11 @@ class SteppedWorld(UMMWorld):
         tokens = bagel.tokens_from_latents(latents, self.config.latent_patch)
         return Frame(pixels, tokens, None)
 
-    def seen(self, params: Params, frame: Frame) -> Frame:
-        """The frame with ViT features, which are computed if it has none."""
-        if frame.features is not None:
+    def decoded(self, params: Params, frame: Frame) -> Frame:
+        """The frame with its latents decoded, which a residual is added to."""
+        if self.config.prediction == "velocity":
             return frame
-        return frame.replace(features=self._features(params, frame.pixels))
+        return frame.replace(decoded=self._decode(params, frame.tokens))
 
     def view(
         self,
@@ -70,12 +70,17 @@ class SteppedWorld(UMMWorld):
     def picture(
         self, params: Params, current: Frame, tokens: Float[Array, "B n v"], camera: str
     ) -> UInt8[Array, "B H W 3"]:
-        """The decoded image of a view's tokens."""
+        """The decoded image of a view's tokens, behind a `decoded` frame."""
         return to_uint8(self._finish(params, camera, current, tokens).pixels)
 
 
 class ServedWorld(SteppedWorld, ReferenceOrder):
     """The parts, each computed in the order of the public server."""
+
+    def answer(self, params: Params, observation: Observation) -> Array:
+        """`decoded_answer` for the head image of one observation."""
+        features = self.first_view_features(params, observation)
+        return self.decoded_answer(params, features, observation)
 
 
 class Server:
@@ -83,10 +88,10 @@ class Server:
 
     def __init__(self, world: ServedWorld, params: Params):
         self._cameras, self._params = world.cameras, jax.device_put(params)
-        self._frame = jax.jit(world.frame)
+        self._frame, self._decoded = jax.jit(world.frame), jax.jit(world.decoded)
         self._view = jax.jit(world.view, static_argnames="camera")
         self._picture = jax.jit(world.picture, static_argnames="camera")
-        self._answer = jax.jit(world.decoded_answer)
+        self._answer = jax.jit(world.answer)
 
     def __call__(self, request: dict) -> dict:
         """The reply to a request, with the "seconds" it took here."""
@@ -108,7 +113,8 @@ class Server:
             tokens = self._view(
                 self._params, observation, frames, done, request["actions"], key, camera=camera
             )
-            new[camera] = self._pictures(frames[camera], tokens, camera)
+            current = self._decoded(self._params, frames[camera])
+            new[camera] = self._pictures(current, tokens, camera)
         return {"images": new}
 
     def _pictures(self, current: Frame, tokens: Array, camera: str) -> np.ndarray:
@@ -201,7 +207,8 @@ class ReferenceImagination:
         self.seconds = dict.fromkeys(("policy", "dynamics", "reward", "transport", "value"), 0.0)
         observation, records = start, []
         alive = np.ones(len(start.proprio), np.float32)
-        for chunk_key in jax.random.split(key, self._chunks):
+        _, *keys = jax.random.split(key, 1 + self._chunks)  # the first encodes the start
+        for chunk_key in keys:
             sample_key, world_key = jax.random.split(chunk_key)
             sample, value = self._timed("policy", self._sample, params, observation, sample_key)
             following = self._following(observation, sample.actions, world_key)

@@ -2,6 +2,7 @@
 order of the reference server, and the effect of each option."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,7 @@ from mbpo_jax.models import qwen2_mot
 from mbpo_jax.types import Observation, Params, Prompt
 from mbpo_jax.world_model import bagel, generation, guidance
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig, variant
+from mbpo_jax.world_model.metrics import judge, predictor
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 CAMERAS = ("head", "wrist")
@@ -28,15 +30,11 @@ class ReferenceOrder(UMMWorld):
     prefix built anew for every view and guidance branch, the branches evaluated one after the
     other, and the reward read from a generated answer."""
 
-    def step(self, params, observation, actions, key):
-        def one(inputs):
-            now, chunk, sample_key = inputs
-            now = jax.tree.map(lambda x: x[None], now)
-            after = super(ReferenceOrder, self).step(params, now, chunk[None], sample_key)
-            return jax.tree.map(lambda x: x[0], after)
+    def encode(self, params, observation, key):
+        return _one_by_one(functools.partial(super().encode, params), (observation,), key)
 
-        keys = jax.random.split(key, actions.shape[0])
-        return jax.lax.map(one, (observation, actions, keys))
+    def step(self, params, state, actions, key):
+        return _one_by_one(functools.partial(super().step, params), (state, actions), key)
 
     def view_tokens(self, params, segments, contexts, noise, current):
         config, side = self.config, self.config.latent_side
@@ -70,17 +68,20 @@ class ReferenceOrder(UMMWorld):
         steps = (times[:-1], times[:-1] - times[1:], np.asarray(guided))
         return jax.lax.scan(euler, noise, jax.tree.map(jnp.asarray, steps))[0]
 
-    def reward(self, params, observation):
-        def one(now):
-            return self.decoded_answer(params, jax.tree.map(lambda x: x[None], now))
+    def reward(self, params, state):
+        features = state.memory[self.cameras[0]].features
 
-        return jax.lax.map(one, observation)
+        def one(features, observation, key):
+            del key  # the most probable text is generated
+            return self.decoded_answer(params, features, observation)
 
-    def decoded_answer(self, params, observation):
-        """Whether the text generated for one observation (batch axis 1) starts with "Yes": prefix,
-        then token by token to its end."""
+        return _one_by_one(one, (features, state.observation), jax.random.key(0))
+
+    def decoded_answer(self, params, features, observation):
+        """Whether the text generated for one observation (batch axis 1), of whose first view the
+        ViT features are given, starts with "Yes" [1]: prefix, then token by token to its end."""
         config, mot = self.config, self.config.mot
-        *context, question = self.answer_segments(params, observation)
+        *context, question = self.answer_segments(params, features, observation)
         start = dataclasses.replace(question, und=question.und[:, -1:])
         question = dataclasses.replace(question, und=question.und[:, :-1])
         cache = qwen2_mot.empty_cache(mot, 1)
@@ -92,7 +93,18 @@ class ReferenceOrder(UMMWorld):
             tokens.append(jnp.argmax(qwen2_mot.logits(params["mot"], hidden[:, -1]), axis=-1))
             start = bagel.text_segment(params, config, tokens[-1][:, None])
         # Both tokens are returned, for neither may be optimised away.
-        return jnp.where(tokens[1] >= 0, tokens[0] == self.yes_id, False)[0]
+        return jnp.where(tokens[1] >= 0, tokens[0] == self.yes_id, False)
+
+
+def _one_by_one(function: Callable, inputs: tuple, key: jax.Array):
+    """function(*inputs, key) [B] with one example after the other, each with a key of its own."""
+
+    def one(row):
+        *row, row_key = jax.tree.map(lambda x: x[None], row)
+        return jax.tree.map(lambda x: x[0], function(*row, row_key[0]))
+
+    keys = jax.random.split(key, len(jax.tree.leaves(inputs)[0]))
+    return jax.lax.map(one, (*inputs, keys))
 
 
 def sizes() -> dict[str, UMMConfig]:
@@ -129,14 +141,11 @@ def run(size: str, batch_sizes: list[int], repeats: int) -> list[dict]:
         observation, actions = _inputs(world, batch)
         for work in ("chunk", "reward"):
             extra = (actions, jax.random.key(1)) if work == "chunk" else ()
-            method = "step" if work == "chunk" else "reward"
-            seconds = _race(
-                {"ours": getattr(world, method), "peer": getattr(reference, method)},
-                (params, observation, *extra),
-                repeats,
-                f"{size}, {work} batch {batch}",
-            )
-            flops = matmul_flops(getattr(world, method), params, observation, *extra)
+            method = predictor if work == "chunk" else judge
+            arguments = (params, observation, *extra)
+            methods = {"ours": method(world), "peer": method(reference)}
+            seconds = _race(methods, arguments, repeats, f"{size}, {work} batch {batch}")
+            flops = matmul_flops(methods["ours"], *arguments)
             row = {"size": size, "work": work, "batch": batch}
             rows.append(row | measured(seconds, flops, peak))
     return rows + _options(size, config, params, batch_sizes[-1], repeats)
@@ -166,7 +175,7 @@ def _options(size: str, config: UMMConfig, params: Params, batch: int, repeats: 
     rows = []
     for name, change in changes.items():
         changed = _world(dataclasses.replace(config, **change))
-        methods = {"ours": changed.step, "peer": world.step}
+        methods = {"ours": predictor(changed), "peer": predictor(world)}
         seconds = _race(methods, arguments, repeats, f"{size}, {name}")
         images = [jax.jit(method)(*arguments).images for method in methods.values()]
         errors = [

@@ -119,9 +119,9 @@ def init(config: VAEConfig, key: Array) -> Params:
 def convolve(weights: Params, x: Float[Array, "B H W C"], stride: int = 1) -> Array:
     """Square convolution without padding.
 
-    On CPU it is written as patch extraction and one matmul, or, where patches would take more memory
-    than is near, as a matmul for each pixel of the kernel: XLA's CPU gradient of a convolution is
-    about four times slower.
+    On CPU it is written as patch extraction and one matmul, or, where patches would be large, as
+    one matmul for each pixel of the kernel: XLA's CPU gradient of a convolution is about four times
+    slower.
     """
     kernel = weights["kernel"].astype(x.dtype)
     size, _, inputs, outputs = kernel.shape
@@ -131,7 +131,7 @@ def convolve(weights: Params, x: Float[Array, "B H W C"], stride: int = 1) -> Ar
         )
     else:
         height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
-        x = jax.lax.optimization_barrier(x)
+        x = jax.lax.optimization_barrier(x)  # lest what gives x is computed for every column
         columns = [
             x[:, i : i + stride * height : stride, j : j + stride * width : stride]
             for i in range(size)

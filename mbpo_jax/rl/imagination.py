@@ -49,12 +49,13 @@ def imagine(
 
     def branch(start, key):
         def chunk_step(carry, chunk_key):
-            observation, alive = carry
+            state, alive = carry
+            observation = state.observation
             sample_key, world_key = jax.random.split(chunk_key)
             prefix = policy.encode(policy_params, observation)
             sample = policy.sample(policy_params, prefix, sample_key)
             value = policy.value(policy_params, prefix)
-            following = world.step(world_params, observation, sample.actions, world_key)
+            following = world.step(world_params, state, sample.actions, world_key)
             done = (world.reward(world_params, following) > reward_threshold).astype(jnp.float32)
             record = {
                 "observation": observation,
@@ -68,9 +69,11 @@ def imagine(
             }
             return (following, alive * (1.0 - done)), record
 
+        start_key, *chunk_keys = jax.random.split(key, 1 + chunks)
+        state = world.encode(world_params, _batch_of_one(start), start_key)
         alive = jnp.ones(1, jnp.float32)
-        chunk_keys = jax.random.split(key, chunks)
-        (last, _), records = jax.lax.scan(chunk_step, (_batch_of_one(start), alive), chunk_keys)
+        (state, _), records = jax.lax.scan(chunk_step, (state, alive), jnp.stack(chunk_keys))
+        last = state.observation
         bootstrap = policy.value(policy_params, policy.encode(policy_params, last))
         records = jax.tree.map(lambda x: x[:, 0], records)
         return records, jax.tree.map(lambda x: x[0], (last, bootstrap))

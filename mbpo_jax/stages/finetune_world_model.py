@@ -300,7 +300,7 @@ def answers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """P(Yes) and label of every labelled frame of the episodes."""
     examples = reward_examples(episodes, builder)
-    reward = jax.jit(world.reward)
+    reward = jax.jit(metrics.judge(world))
     probabilities, labels = [], []
     for first in range(0, len(examples), 128):
         rows = [examples[i] for i in range(first, min(first + 128, len(examples)))]

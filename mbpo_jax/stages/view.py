@@ -64,7 +64,7 @@ def episode_clip(workspace: Workspace, stage: str, number: int) -> Clip:
         builder = observation_builder(config)
         frames = collate([builder.at(episode, f) for f in range(count)])
         world, params = _world(workspace)
-        reward = jax.jit(world.reward)
+        reward = jax.jit(metrics.judge(world))
         curves["P(done), recorded frame"] = np.asarray(reward(params, frames)).tolist()
         source = transitions([episode], builder, config.chunk)
         if len(source):
@@ -126,7 +126,7 @@ def branch_clip(workspace: Workspace, stage: str, number: int, step: int, chunks
         moments = jax.tree.map(
             lambda x, y: jax.numpy.concatenate([x, y[None]])[:, 0], branch.observation, last
         )
-        return branch, moments, world.reward(world_params, moments)
+        return branch, moments, metrics.judge(world)(world_params, moments)
 
     branch, moments, probability = jax.device_get(
         run(params, world_params, start, jax.random.key(config.seed))

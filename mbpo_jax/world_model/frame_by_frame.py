@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mbpo_jax.types import Observation, Params, WorldModel
+from mbpo_jax.types import Observation, Params, WorldModel, WorldState
 
 
 class FrameByFrame:
@@ -14,14 +14,15 @@ class FrameByFrame:
     def __init__(self, world: WorldModel, predictions: int):
         self.world, self.predictions = world, predictions
 
-    def step(
-        self, params: Params, observation: Observation, actions: Array, key: Array
-    ) -> Observation:
+    def encode(self, params: Params, observation: Observation, key: Array) -> WorldState:
+        return self.world.encode(params, observation, key)
+
+    def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
         """As `WorldModel.step`; the chunk's length must be a multiple of `predictions`."""
         for part in jnp.split(actions, self.predictions, axis=-2):
             key, now = jax.random.split(key)
-            observation = self.world.step(params, observation, part, now)
-        return observation
+            state = self.world.step(params, state, part, now)
+        return state
 
-    def reward(self, params: Params, observation: Observation) -> Array:
-        return self.world.reward(params, observation)
+    def reward(self, params: Params, state: WorldState) -> Array:
+        return self.world.reward(params, state)

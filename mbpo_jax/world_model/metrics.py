@@ -1,7 +1,7 @@
 """How well a world model imagines: image metrics, answer metrics, and error against horizon, beside
 the baseline that copies the last frame."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +84,32 @@ def calibration(
     }
 
 
+def predictor(world: WorldModel) -> Callable[[Params, Observation, Array, Array], Observation]:
+    """The function (params, observation [*B], actions [*B, k, A], key) -> observation k steps
+    later."""
+
+    def predict(params, observation, actions, key):
+        encode_key, step_key = jax.random.split(key)
+        state = world.encode(params, observation, encode_key)
+        return world.step(params, state, actions, step_key).observation
+
+    return predict
+
+
+def judge(world: WorldModel) -> Callable[[Params, Observation], Array]:
+    """The function (params, observation [*B]) -> probability [*B] that the task is done."""
+
+    def probability(params, observation):
+        return world.reward(params, world.encode(params, observation, jax.random.key(0)))
+
+    return probability
+
+
 def imagine_chunk(
     world: WorldModel, params: Params, transitions: Transition, key: Array, batch_size: int = 64
 ) -> Observation:
     """The observation [N] one imagined chunk after each transition's start, as NumPy arrays."""
-    step = jax.jit(world.step)
+    predict = jax.jit(predictor(world))
     count = len(transitions.actions)
     # One shape, hence one compilation: the last batch is filled up with earlier transitions.
     batch_size = min(batch_size, count)
@@ -96,7 +117,7 @@ def imagine_chunk(
     for start in range(0, count, batch_size):
         rows = np.arange(start, start + batch_size) % count
         batch = jax.tree.map(lambda x, rows=rows: x[rows], transitions)
-        seen = step(params, batch.observation, batch.actions, jax.random.fold_in(key, start))
+        seen = predict(params, batch.observation, batch.actions, jax.random.fold_in(key, start))
         keep = min(batch_size, count - start)
         parts.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[:keep], seen))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -247,11 +268,12 @@ def imagine_open_loop(
 ) -> dict[str, np.ndarray]:
     """The views after each of n recorded chunks imagined one after the other from `observation`
     [B]: camera -> uint8 [n, B, H, W, 3]."""
-    step = jax.jit(world.step)
+    encode_key, *keys = jax.random.split(key, 1 + len(actions))
+    state, step = jax.jit(world.encode)(params, observation, encode_key), jax.jit(world.step)
     frames = []
-    for i, chunk in enumerate(actions):
-        observation = step(params, observation, chunk, jax.random.fold_in(key, i))
-        frames.append(jax.device_get(observation.images))
+    for chunk, step_key in zip(actions, keys):
+        state = step(params, state, chunk, step_key)
+        frames.append(jax.device_get(state.observation.images))
     return {camera: np.stack([f[camera] for f in frames]) for camera in frames[0]}
 
 

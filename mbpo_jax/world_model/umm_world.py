@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from mbpo_jax.models import navit, qwen2_mot, vae
 from mbpo_jax.models.qwen2_mot import Segment
-from mbpo_jax.types import Observation, Params, Prompt, RewardExample, Transition
+from mbpo_jax.types import Observation, Params, Prompt, RewardExample, Transition, WorldState
 from mbpo_jax.world_model import bagel, generation, perceptual
 from mbpo_jax.world_model.actions import ActionText
 from mbpo_jax.world_model.bagel import Tokenizer
@@ -32,12 +32,14 @@ class Frame:
     """One view at one time, ready to condition on.
 
     pixels: [B, H, W, 3] in [-1, 1]; tokens: clean latent tokens [B, n, v]; features: ViT features
-    [B, m, F], None where the frame is only a target.
+    [B, m, F], None until something needs them; decoded: the picture [B, H, W, 3] of `tokens`, not
+    clipped, None where no residual is added to the frame.
     """
 
     pixels: Array
     tokens: Array
     features: Array | None
+    decoded: Array | None = None
 
 
 class UMMWorld:
@@ -120,21 +122,38 @@ class UMMWorld:
 
     # Imagination
 
-    def step(
-        self, params: Params, observation: Observation, actions: Array, key: Array
-    ) -> Observation:
-        """The observation k environment steps later: every view, and proprioception if
+    def encode(self, params: Params, observation: Observation, key: Array) -> WorldState:
+        """The state that imagination starts from; its memory is a `Frame` of each view.
+
+        A step gives its frames on to the next one: latents go through the autoencoder's encoder
+        here and never again.
+
+        Raises:
+            ValueError: a view is missing, or an image has another shape.
+        """
+        self._check(observation)
+        batch, (observation,) = _flatten(observation)
+        frames = self._encode(params, observation.images, self._featured, key)
+        if self.config.prediction == "residual":
+            tokens = jnp.concatenate([frames[c].tokens for c in self.cameras])
+            decoded = jnp.split(self._decode(params, tokens), len(self.cameras))
+            frames = {c: frames[c].replace(decoded=d) for c, d in zip(self.cameras, decoded)}
+        return jax.tree.map(lambda x: _restore(x, batch), WorldState(observation, frames))
+
+    def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
+        """The state k environment steps later: every view, and proprioception if
         `config.proprio_dim` says so (otherwise it stays as it is).
 
         Args:
             actions: float32 [*B, k, A], clipped to their limits.
 
         Raises:
-            ValueError: a view is missing, or an image or the chunk has another shape.
+            ValueError: the chunk has another shape.
         """
-        self._check(observation, actions)
-        batch, (observation, actions) = _flatten(observation, actions)
-        frames = self._encode(params, observation.images, self.cameras, key)
+        self._check(state.observation, actions)
+        batch, (state, actions) = _flatten(state, actions)
+        observation = state.observation
+        frames = {c: self.seen(params, state.memory[c]) for c in self.cameras}
         prefix = [self._prompt(params, observation)]
         cached = generation.build_contexts(params, self.config, prefix)
         action = self._action(params, actions)
@@ -156,7 +175,7 @@ class UMMWorld:
             done[camera] = self._finish(params, camera, frames[camera], tokens)
         images = {c: to_uint8(done[c].pixels) for c in self.cameras}
         observation = observation.replace(images=images, proprio=proprio)
-        return jax.tree.map(lambda x: _restore(x, batch), observation)
+        return jax.tree.map(lambda x: _restore(x, batch), WorldState(observation, done))
 
     def view_tokens(
         self,
@@ -173,11 +192,11 @@ class UMMWorld:
             params, self.config, self.tokenizer, contexts, noise, side, side, current
         )
 
-    def reward(self, params: Params, observation: Observation) -> Float[Array, "*B"]:
+    def reward(self, params: Params, state: WorldState) -> Float[Array, "*B"]:
         """P(Yes) [*B] that the task is done, from the first view, in one forward pass."""
-        self._check(observation)
-        batch, (observation,) = _flatten(observation)
-        logits = self._answer_logits(params, observation)
+        batch, (state,) = _flatten(state)
+        features = state.memory[self.cameras[0]].features
+        logits = self._answer_logits(params, features, state.observation)
         pair = logits[:, jnp.asarray([self.yes_id, self.no_id])]
         return _restore(jax.nn.softmax(pair, axis=-1)[:, 0], batch)
 
@@ -265,7 +284,8 @@ class UMMWorld:
         """
         self._check(example.observation)
         _, (example,) = _flatten(example)
-        logits = self._answer_logits(params, example.observation)
+        features = self.first_view_features(params, example.observation)
+        logits = self._answer_logits(params, features, example.observation)
         is_yes = example.label > 0.5
         answer = jnp.where(is_yes, self.yes_id, self.no_id)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, answer).mean()
@@ -393,10 +413,17 @@ class UMMWorld:
         standard = (proprio - stats["mean"]) / stats["std"]
         return bagel.proprio_segment(params, self.config, standard)
 
-    def answer_segments(self, params: Params, observation: Observation) -> list[Segment]:
+    def first_view_features(
+        self, params: Params, observation: Observation
+    ) -> Float[Array, "B m F"]:
+        """ViT features of the view that rewards are read from."""
+        return self._features(params, self._pixels(observation.images[self.cameras[0]]))
+
+    def answer_segments(
+        self, params: Params, features: Float[Array, "B m F"], observation: Observation
+    ) -> list[Segment]:
         """What the answer "Yes" or "No" follows: the first view, the instruction, the question and
         the bos that starts the answer."""
-        features = self._features(params, self._pixels(observation.images[self.cameras[0]]))
         side = self.config.vit_image_size // self.config.vit.patch_size
         ids = jnp.asarray([*self.question, self.tokenizer.bos_id])
         return [
@@ -407,12 +434,24 @@ class UMMWorld:
             ),
         ]
 
-    def _answer_logits(self, params, observation):
-        segments = self.answer_segments(params, observation)
+    def _answer_logits(self, params, features, observation):
+        segments = self.answer_segments(params, features, observation)
         hidden, _ = bagel.forward(params, self.config, segments)
         return qwen2_mot.logits(params["mot"], hidden[:, -1])
 
     # Frames
+
+    @property
+    def _featured(self):
+        """Cameras whose frames always have ViT features: those that a later view or the reward is
+        decoded from."""
+        return self.cameras[:-1] or self.cameras
+
+    def seen(self, params: Params, frame: Frame) -> Frame:
+        """The frame with ViT features, which are computed if it has none."""
+        if frame.features is not None:
+            return frame
+        return frame.replace(features=self._features(params, frame.pixels))
 
     def _encode(self, params, images, with_features, key, moments=None):
         """Frames of all views, encoded in one batch; ViT features for the cameras named."""
@@ -437,20 +476,18 @@ class UMMWorld:
 
     def _finish(self, params, camera, current, tokens):
         """The generated frame of a view, from the sampler's final tokens."""
-        config, side = self.config, self.config.latent_side
-        if config.prediction == "residual":
+        residual = self.config.prediction == "residual"
+        if residual:
             tokens = current.tokens + params["statistics"]["residual_scale"][camera] * tokens
-            both = jnp.concatenate([tokens, current.tokens])
-        else:
-            both = tokens
-        latents = bagel.latents_from_tokens(both, side, side, config.latent_patch)
-        pixels = self.decode_latents(params, latents)
-        if config.prediction == "residual":
-            new, old = jnp.split(pixels, 2)
-            pixels = current.pixels + new - old
-        pixels = jnp.clip(pixels, -1.0, 1.0)
-        last = camera == self.cameras[-1]
-        return Frame(pixels, tokens, None if last else self._features(params, pixels))
+        decoded = self._decode(params, tokens)
+        pixels = current.pixels + decoded - current.decoded if residual else decoded
+        frame = Frame(jnp.clip(pixels, -1.0, 1.0), tokens, None, decoded if residual else None)
+        return self.seen(params, frame) if camera in self._featured else frame
+
+    def _decode(self, params, tokens):
+        side = self.config.latent_side
+        latents = bagel.latents_from_tokens(tokens, side, side, self.config.latent_patch)
+        return self.decode_latents(params, latents)
 
     def _pixels(self, images):
         return images.astype(jnp.float32) / 127.5 - 1.0

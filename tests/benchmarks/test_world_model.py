@@ -6,6 +6,7 @@ import pytest
 
 from mbpo_jax.benchmarks import world_model as benchmark
 from mbpo_jax.world_model import bagel
+from mbpo_jax.world_model.metrics import judge, predictor
 
 
 def small_config():
@@ -22,8 +23,11 @@ def test_the_reference_order_computes_the_same():
     observation, actions = benchmark._inputs(world, 1)
     key = jax.random.key(2)
 
-    slow = jax.jit(reference.step)(params, observation, actions, key)
-    fast = jax.jit(world.step)(params, observation, actions, jax.random.split(key, 1)[0])
+    slow = jax.jit(predictor(reference))(params, observation, actions, key)
+    # The reference order gives every example a key of its own.
+    encode_key, step_key = (jax.random.split(k, 1)[0] for k in jax.random.split(key))
+    state = jax.jit(world.encode)(params, observation, encode_key)
+    fast = jax.jit(world.step)(params, state, actions, step_key).observation
     for camera in benchmark.CAMERAS:
         a, b = (np.asarray(x.images[camera], int) for x in (slow, fast))
         assert np.abs(a - b).max() <= 1
@@ -37,12 +41,13 @@ def test_the_decoded_answer_agrees_with_the_one_pass_probability(sign):
     reference = benchmark._world(config, benchmark.ReferenceOrder)
     params = world.init(jax.random.key(0))
     observation, _ = benchmark._inputs(world, 2)
-    segments = world.answer_segments(params, observation)
+    features = world.first_view_features(params, observation)
+    segments = world.answer_segments(params, features, observation)
     hidden = bagel.forward(params, config, segments)[0][:, -1]
     # The column of "Yes" along the answer's hidden state makes it certain, against it impossible.
     head = params["mot"]["lm_head"]
     head["kernel"] = head["kernel"].at[:, world.yes_id].set(sign * hidden.mean(0))
-    probability = np.asarray(world.reward(params, observation))
-    decoded = np.asarray(reference.reward(params, observation))
+    probability = np.asarray(judge(world)(params, observation))
+    decoded = np.asarray(judge(reference)(params, observation))
     np.testing.assert_array_equal(decoded, [sign > 0] * 2)
     np.testing.assert_array_equal(probability > 0.5, decoded)

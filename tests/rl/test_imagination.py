@@ -10,6 +10,7 @@ from mbpo_jax.rl.imagination import (
     imagine_in_microbatches,
     recompute_values,
 )
+from mbpo_jax.types import WorldState
 from tests.toy import ToyPolicy, ToyWorld, observation
 
 POLICY, WORLD = ToyPolicy(), ToyWorld()
@@ -88,10 +89,10 @@ def test_values_are_recomputed_with_the_new_critic():
 class HungryWorld(ToyWorld):
     """Needs 256 KiB for each branch while it steps, as a large model would."""
 
-    def step(self, params, observation, actions, key):
+    def step(self, params, state, actions, key):
         memory = jax.random.normal(key, (len(actions), 2**16))
         memory = jnp.sort(memory + actions.mean((1, 2))[:, None], axis=1)
-        return observation.replace(proprio=memory[:, :1])
+        return WorldState(state.observation.replace(proprio=memory[:, :1]))
 
 
 def working_memory(branches, micro_batch, chunks=2):

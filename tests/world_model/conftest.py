@@ -11,6 +11,7 @@ from mbpo_jax.models.qwen2_mot import MoTConfig
 from mbpo_jax.models.vae import VAEConfig
 from mbpo_jax.types import Observation, Prompt, Transition
 from mbpo_jax.world_model.config import UMMConfig
+from mbpo_jax.world_model.metrics import judge, predictor
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 CAMERAS = ("head", "wrist")
@@ -93,13 +94,13 @@ def params(world):
 
 @pytest.fixture(scope="session")
 def step(world):
-    """The world's jitted step; one object for the session, so that it compiles once."""
-    return jax.jit(world.step)
+    """The world's jitted prediction; one object for the session, so that it compiles once."""
+    return jax.jit(predictor(world))
 
 
 @pytest.fixture(scope="session")
 def reward(world):
-    return jax.jit(world.reward)
+    return jax.jit(judge(world))
 
 
 @pytest.fixture(scope="session")

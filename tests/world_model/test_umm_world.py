@@ -48,7 +48,7 @@ def test_weights_for_inference_change_no_output():
     light = world.for_inference(params)
     assert light["mot"]["layers"]["gen"]["mlp"]["up_proj"]["kernel"].dtype == "bfloat16"
     assert light["adapters"]["vae2llm"]["kernel"].dtype == "float32"
-    answer, observation = jax.jit(world.reward), make_observation()
+    answer, observation = jax.jit(metrics.judge(world)), make_observation()
     np.testing.assert_array_equal(answer(light, observation), answer(params, observation))
 
 
@@ -102,6 +102,30 @@ def test_imagined_wrist_follows_the_imagined_head(params, step):
     np.testing.assert_array_equal(first["wrist"], second["wrist"])
 
 
+def test_a_step_goes_on_from_its_own_latents(world, params, reward):
+    # A second step adds what its latents say beyond the first frame's, pixel by pixel.
+    observation = make_observation()
+    # Mid-grey images and small changes: nothing is clipped.
+    images = {c: x // 4 + 96 for c, x in observation.images.items()}
+    scale = dict.fromkeys(CAMERAS, jnp.float32(0.02))
+    params = {**params, "statistics": {**params["statistics"], "residual_scale": scale}}
+    start = jax.jit(world.encode)(params, observation.replace(images=images), KEY)
+    step = jax.jit(world.step)
+    following = step(params, start, actions(0), KEY)
+    last = step(params, following, actions(1), KEY)
+    for camera in CAMERAS:
+        first, then, frame = (state.memory[camera] for state in (start, following, last))
+        assert np.abs(then.tokens - first.tokens).max() > 0.01
+        assert np.abs(frame.tokens - then.tokens).max() > 0.01
+        decoded = [world._decode(params, x.tokens) for x in (first, frame)]
+        expected = first.pixels + decoded[1] - decoded[0]
+        np.testing.assert_allclose(frame.pixels, expected, atol=1e-5)
+        np.testing.assert_array_equal(last.observation.images[camera], to_uint8(frame.pixels))
+    # The features in memory are those of the image, up to its rounding to bytes.
+    probability = jax.jit(world.reward)(params, last)
+    np.testing.assert_allclose(probability, reward(params, last.observation), atol=1e-2)
+
+
 def test_padding_of_the_prompt_changes_nothing(params, step, reward):
     observation = make_observation()
     prompt = observation.world_prompt
@@ -116,10 +140,10 @@ def test_batch_axes_are_kept(world, params, step, reward):
     flat = make_observation(batch=(2,))
     shaped = jax.tree.map(lambda x: x.reshape(2, 1, *x.shape[1:]), flat)
     np.testing.assert_allclose(
-        jax.jit(world.reward)(params, shaped)[:, 0], reward(params, flat), atol=1e-6
+        jax.jit(metrics.judge(world))(params, shaped)[:, 0], reward(params, flat), atol=1e-6
     )
     chunk = actions()
-    following = jax.jit(world.step)(params, shaped, chunk[:, None], KEY)
+    following = jax.jit(metrics.predictor(world))(params, shaped, chunk[:, None], KEY)
     assert following.images["head"].shape == (2, 1, SIZE, SIZE, 3)
     assert following.images["head"].dtype == jnp.uint8
     expected = step(params, flat, chunk, KEY).images["wrist"].astype(int)
@@ -129,7 +153,8 @@ def test_batch_axes_are_kept(world, params, step, reward):
 def test_reward_is_the_answer_after_the_question(world, params, reward):
     observation = make_observation()
     probability = reward(params, observation)
-    logits = jax.jit(world._answer_logits)(params, observation)
+    features = world.first_view_features(params, observation)
+    logits = jax.jit(world._answer_logits)(params, features, observation)
     yes, no = logits[:, world.yes_id], logits[:, world.no_id]
     np.testing.assert_allclose(probability, 1 / (1 + np.exp(no - yes)), atol=1e-5)
     unseen = observation.replace(
@@ -143,15 +168,15 @@ def test_text_actions_velocity_and_guidance():
     unguided = make_world(**config)
     params = awaken(unguided.init(jax.random.key(0)))
     observation = make_observation()
-    step = jax.jit(unguided.step)
+    step = jax.jit(metrics.predictor(unguided))
     plain, other = (step(params, observation, actions(s), KEY).images for s in (0, 1))
     assert np.any(plain["head"] != other["head"])
     guided = make_world(**config, guidance=GuidanceConfig(3.0, 2.0))
-    found = jax.jit(guided.step)(params, observation, actions(), KEY).images
+    found = jax.jit(metrics.predictor(guided))(params, observation, actions(), KEY).images
     assert np.any(plain["head"] != found["head"])
     # Guidance that never acts changes nothing.
     outside = make_world(**config, guidance=GuidanceConfig(3.0, 2.0, interval=(2.0, 3.0)))
-    found = jax.jit(outside.step)(params, observation, actions(), KEY).images
+    found = jax.jit(metrics.predictor(outside))(params, observation, actions(), KEY).images
     np.testing.assert_array_equal(plain["head"], found["head"])
 
 
@@ -246,7 +271,7 @@ def test_reward_learns_a_bright_frame(world):
     example = RewardExample(observation.replace(images=images), label)
     picks = (jax.tree.map(lambda x, i=i: x[i], example) for i in rng.integers(64, size=(60, 32)))
     params = train(lambda p, b, k: world.reward_loss(p, b)[0], fresh, picks, 2e-3)
-    probability = jax.jit(world.reward)(params, example.observation)
+    probability = jax.jit(metrics.judge(world))(params, example.observation)
     assert metrics.classification(probability, label)["f1"] > 0.95
 
 
@@ -260,15 +285,15 @@ def test_bad_input(world, params):
     observation = make_observation()
     only_head = observation.replace(images={"head": observation.images["head"]})
     with pytest.raises(ValueError, match=r"lacks \['wrist'\]"):
-        world.step(params, only_head, actions(), KEY)
+        world.encode(params, only_head, KEY)
     third = observation.replace(images={**observation.images, "side": only_head.images["head"]})
     with pytest.raises(ValueError, match=r"unknown \['side'\]"):
-        world.reward(params, third)
+        world.encode(params, third, KEY)
     small = {c: x[:, :8] for c, x in observation.images.items()}
     with pytest.raises(ValueError, match=r"'head' is \(8, 16, 3\), expected \(16, 16, 3\)"):
-        world.reward(params, observation.replace(images=small))
+        world.encode(params, observation.replace(images=small), KEY)
     with pytest.raises(ValueError, match=r"chunk is \(2, 2\), expected \(3, 2\)"):
-        world.step(params, observation, actions()[:, :2], KEY)
+        world.step(params, world.encode(params, observation, KEY), actions()[:, :2], KEY)
     transition = make_transition().replace(next_images=small)
     with pytest.raises(ValueError, match="expected"):
         world.dynamics_loss(params, transition, KEY)
@@ -354,15 +379,15 @@ def test_predicted_proprioception_leaves_the_views_alone(world, params, step):
     more = {**params, "adapters": adapters, "statistics": fresh["statistics"]}
     observation = make_observation()
     held = step(params, observation, actions(), KEY)
-    moved = jax.jit(predicting.step)(more, observation, actions(), KEY)
+    moved = jax.jit(metrics.predictor(predicting))(more, observation, actions(), KEY)
     for camera in CAMERAS:
         np.testing.assert_allclose(moved.images[camera], held.images[camera], atol=1)
     np.testing.assert_array_equal(held.proprio, observation.proprio)
     assert np.all(np.abs(moved.proprio - observation.proprio).max(-1) > 1e-3)
-    other = jax.jit(predicting.step)(more, observation, actions(5), KEY)
+    other = jax.jit(metrics.predictor(predicting))(more, observation, actions(5), KEY)
     assert np.any(moved.proprio != other.proprio)
     with pytest.raises(ValueError, match="8 values, proprio_dim is 3"):
-        make_world(proprio_dim=3).step(more, observation, actions(), KEY)
+        make_world(proprio_dim=3).encode(more, observation, KEY)
 
 
 def test_targets_per_example_do_not_see_each_other(params):
