@@ -214,17 +214,11 @@ def denoise(
     # All sets are one sequence with a block-diagonal mask: each layer is a few large products.
     same_set = jnp.repeat(jnp.repeat(jnp.eye(sets, dtype=bool), length, 0), length, 1)
     within = same_set & jnp.tile(attend, (sets, sets))
-    attend = jnp.concatenate(
-        [
-            jnp.broadcast_to(cache.mask[:, None], (batch, sets * length, cache.mask.shape[1])),
-            jnp.broadcast_to(within, (batch, *within.shape)),
-        ],
-        axis=-1,
-    )
 
     def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-        weights, modulation, *context = layer
-        x, _ = _block(weights, x, rope, attend, modulation, context)
+        weights, modulation, keys, values = layer
+        context = (keys, values, cache.mask[:, None])
+        x, _ = _block(weights, x, rope, within[None], modulation, context)
         return x, None
 
     x = tokens.reshape(batch, sets * length, width)
@@ -295,7 +289,8 @@ def _gates(mlp: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=False):
     """One layer over x [B, T, D]; also returns its own keys and values [B, G, T, H].
 
-    `context`: earlier keys and values [B, G, S, H] to attend to; `attend` bool [B, T, S + T].
+    `context`: earlier keys and values [B, G, S, H] and which of them to attend to, bool [B, 1, S];
+    `attend`: bool [B or 1, T, T].
     `stop_here`: bool, or a bool scalar; True leaves x as it is.
     """
     modulation, weights = modulation or {}, _matrices(weights)
@@ -303,11 +298,10 @@ def _block(weights, x, rope, attend, modulation=None, context=None, stop_here=Fa
     query, key, value = _heads(weights["attn"], normed, rope)
 
     def rest(x: jax.Array) -> jax.Array:
-        keys, values = key, value
+        seen = [(key, value, attend)]
         if context is not None:
-            keys = jnp.concatenate([context[0], key], axis=2)
-            values = jnp.concatenate([context[1], value], axis=2)
-        x = x + _attention(weights["attn"], query, keys, values, attend) * attention_gate
+            seen.insert(0, context)
+        x = x + _attention(weights["attn"], query, seen) * attention_gate
         normed, gate = _norm(weights.get(NORMS[1]), x, modulation.get(NORMS[1]))
         gated, plain = _gates(weights["mlp"], normed)
         hidden = jax.nn.gelu(gated, approximate=True) * plain
@@ -329,16 +323,21 @@ def _heads(weights, x, rope):
     return _rotate(query, rope) * head_dim**-0.5, _rotate(key, rope), value
 
 
-def _attention(weights, query, keys, values, attend):
-    """Grouped-query attention: query [B, N, T, H], keys and values [B, G, K, H], `attend` bool
-    [B, T, K] -> [B, T, D]. Logits and softmax are float32."""
+def _attention(weights, query, seen):
+    """Grouped-query attention of query [B, N, T, H] -> [B, T, D]; `seen` are parts of (keys and
+    values [B, G, K, H], bool [B or 1, T or 1, K]). Logits and softmax are float32."""
     batch, heads, length, head_dim = query.shape
-    groups, size = keys.shape[1:3]
-    rows = query.reshape(batch, groups, -1, head_dim)  # the R heads of a group are more rows
-    logits = jnp.einsum("bgqh,bgkh->bgqk", rows, keys, preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, groups, -1, length, size)
-    logits = jnp.where(attend[:, None, None], logits, MASKED_LOGIT)
-    mixed = softmax_average(logits.reshape(batch, groups, -1, size), values)
+
+    def masked_logits(keys, attend):
+        groups, size = keys.shape[1:3]
+        rows = query.reshape(batch, groups, -1, head_dim)  # the R heads of a group are more rows
+        logits = jnp.einsum("bgqh,bgkh->bgqk", rows, keys, preferred_element_type=jnp.float32)
+        logits = logits.reshape(batch, groups, -1, length, size)
+        logits = jnp.where(attend[:, None, None], logits, MASKED_LOGIT)
+        return logits.reshape(batch, groups, -1, size)
+
+    parts = [(masked_logits(keys, attend), values) for keys, values, attend in seen]
+    mixed = softmax_average(*parts)
     mixed = mixed.reshape(batch, heads, length, head_dim).swapaxes(1, 2)
     return matmul(
         mixed.reshape(batch, length, -1), weights["out"].reshape(-1, weights["out"].shape[-1])

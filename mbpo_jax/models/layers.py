@@ -5,6 +5,7 @@ every leaf, so that the stack runs as one `lax.scan`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,18 +105,26 @@ def rotary_table(
     return tuple(jnp.take(table, positions, axis=0, mode="clip") for table in (cos, sin))
 
 
-def softmax_average(logits: jax.Array, values: jax.Array) -> jax.Array:
+def softmax_average(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Averages of values [*B, S, H] with weights softmax(logits) over S, float32 logits [*B, T, S]
-    -> [*B, T, H], in the dtype of `values`. Each row needs a finite logit.
+    -> [*B, T, H], in the dtype of the values. Each row needs a finite logit.
 
     Weights are divided by their sum after the product, where there is less to divide, and their
     gradient needs no sum over S (as in FlashAttention, arXiv 2205.14135, section 3.1).
+
+    Args:
+        parts: (logits, values), those of a cache and those of new tokens for instance: the softmax
+            is over the S of all, which need not be copied into one array.
     """
-    highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    weights = jnp.exp(logits - highest)
-    total = weights.sum(axis=-1, keepdims=True)
-    sums = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return (sums / total).astype(values.dtype)
+    highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x, _ in parts])
+    highest = jax.lax.stop_gradient(highest)
+    total, sums = 0.0, 0.0
+    for logits, values in parts:
+        weights = jnp.exp(logits - highest)
+        total += weights.sum(axis=-1, keepdims=True)
+        weights = weights.astype(values.dtype)
+        sums += jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+    return (sums / total).astype(parts[0][1].dtype)
 
 
 def unstack(stack: Any) -> list[Any]:

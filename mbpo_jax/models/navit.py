@@ -101,7 +101,7 @@ def encoder_layer(weights: Params, config: NaViTConfig, x: Float[Array, "B n D"]
     )
     q = q * q.shape[-1] ** -0.5
     scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32)
-    mixed = softmax_average(scores, v).swapaxes(1, 2).reshape(b, n, d)
+    mixed = softmax_average((scores, v)).swapaxes(1, 2).reshape(b, n, d)
     x = x + linear(attn["out_proj"], mixed)
     y = layer_norm(x, weights["layer_norm2"], config.norm_eps)
     y = jax.nn.gelu(linear(weights["mlp"]["fc1"], y), approximate=True)

@@ -82,7 +82,7 @@ class Segment:
 class Cache:
     """Keys (after norm and rotation) and values of a finished prefix.
 
-    keys, values: [L, B, S, K, H]; valid: bool [B, S]; position: int32 [B], the next RoPE position.
+    keys, values: [L, B, K, S, H]; valid: bool [B, S]; position: int32 [B], the next RoPE position.
     """
 
     keys: Array
@@ -203,7 +203,7 @@ def segment_positions(
 def empty_cache(config: MoTConfig, batch: int) -> Cache:
     """The cache of a prefix with no tokens; the next position is 0."""
     kv = jnp.zeros(
-        (config.num_layers, batch, 0, config.num_kv_heads, config.head_dim), config.dtype
+        (config.num_layers, batch, config.num_kv_heads, 0, config.head_dim), config.dtype
     )
     return Cache(kv, kv, jnp.zeros((batch, 0), bool), jnp.zeros((batch,), jnp.int32))
 
@@ -228,8 +228,8 @@ def extend(
         raise ValueError("A noised image never enters the cache: pass it to `forward` instead.")
     und, gen, new, position = _run(params, config, segments, cache, collect=True)
     cache = Cache(
-        keys=jnp.concatenate([cache.keys, new[0]], axis=2),
-        values=jnp.concatenate([cache.values, new[1]], axis=2),
+        keys=jnp.concatenate([cache.keys, new[0]], axis=3),
+        values=jnp.concatenate([cache.values, new[1]], axis=3),
         valid=jnp.concatenate([cache.valid, _valid(segments)], axis=1),
         position=position,
     )
@@ -259,10 +259,10 @@ def _prepare(params, config, segments, cache, collect):
     cos, sin = rope_angles(positions, config.head_dim, config.rope_theta, count)
 
     visible = jnp.asarray(attention_mask(segments))[None] & _valid(segments)[:, None, :]
-    past = jnp.broadcast_to(cache.valid[:, None], (*visible.shape[:2], cache.valid.shape[1]))
-    bias = jnp.where(jnp.concatenate([past, visible], axis=2), 0.0, -jnp.inf)
     # A padded text token in front of an empty cache would see nothing and turn into NaN.
-    bias = jnp.where(jnp.all(jnp.isneginf(bias), axis=2, keepdims=True), 0.0, bias)
+    nothing = ~visible.any(2) & ~cache.valid.any(1, keepdims=True)
+    bias = jnp.where(visible | nothing[..., None], 0.0, -jnp.inf)
+    past_bias = jnp.where(cache.valid, 0.0, -jnp.inf)[:, None]
 
     def layer(x, scanned):
         weights, past_keys, past_values = scanned
@@ -271,12 +271,10 @@ def _prepare(params, config, segments, cache, collect):
             for parts in zip(*[_qkv(weights[e], s, config) for e, s in zip(EXPERTS, x)])
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = _attention(
-            q,
-            jnp.concatenate([past_keys.astype(k.dtype), k], axis=1),
-            jnp.concatenate([past_values.astype(v.dtype), v], axis=1),
-            bias,
-        )
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        past = (past_keys.astype(k.dtype), past_values.astype(v.dtype), past_bias)
+        seen = [past, (k, v, bias)] if past_keys.shape[2] else [(k, v, bias)]
+        mixed = _attention(q, seen)
         mixed = jnp.split(mixed, [lengths[0]], axis=1)
         x = tuple(_finish(weights[e], s, m, config) for e, s, m in zip(EXPERTS, x, mixed))
         return x, ((k, v) if collect else None)
@@ -305,16 +303,22 @@ def _qkv(weights, x, config):
     return q, k, v
 
 
-def _attention(q, k, v, bias):
+def _attention(q, seen):
+    """Attention of q [B, T, N, H] -> [B, T, N * H]; `seen` are parts of (keys and values
+    [B, K, S, H], bias [B, T or 1, S])."""
     batch, length, heads, size = q.shape
-    groups = heads // k.shape[2]
+    kv_heads = seen[0][0].shape[1]
+    groups = heads // kv_heads
     # Query heads that share a key head are more rows of one product.
-    q = q.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, -1, groups * length, size)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkth,bksh->bkts", q * size**-0.5, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, -1, groups, length, k.shape[2]) + bias[:, None, None]
-    mixed = softmax_average(scores.reshape(batch, -1, groups * length, k.shape[2]), v)
+    q = q.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, groups * length, size) * size**-0.5
+
+    def biased_scores(k, bias):
+        scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, kv_heads, groups, length, -1) + bias[:, None, None]
+        return scores.reshape(batch, kv_heads, groups * length, -1)
+
+    mixed = softmax_average(*[(biased_scores(k, bias), v) for k, v, bias in seen])
     mixed = mixed.reshape(batch, -1, groups, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads * size)
 

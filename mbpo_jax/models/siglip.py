@@ -165,7 +165,7 @@ def _attention(weights: dict, x: jax.Array) -> jax.Array:
         query, key, value = (project(name) for name in ("query", "key", "value"))
     query = query * query.shape[-1] ** -0.5
     logits = jnp.einsum("bnqh,bnkh->bnqk", query, key, preferred_element_type=jnp.float32)
-    mixed = softmax_average(logits, value).swapaxes(1, 2)
+    mixed = softmax_average((logits, value)).swapaxes(1, 2)
     out = weights["out"]
     kernel = out["kernel"].reshape(-1, x.shape[-1])
     return matmul(mixed.reshape(*x.shape[:2], -1), kernel) + out["bias"].astype(x.dtype)

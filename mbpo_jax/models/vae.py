@@ -249,7 +249,7 @@ def attention_block(weights: Params, x: Float[Array, "B H W C"], config: VAEConf
     y = group_norm(weights["norm"], x, config)
     q, k, v = (convolve(weights[name], y).reshape(b, -1, c) for name in "qkv")
     scores = jnp.einsum("bqc,bkc->bqk", q * c**-0.5, k, preferred_element_type=jnp.float32)
-    y = softmax_average(scores, v)
+    y = softmax_average((scores, v))
     return x + convolve(weights["proj_out"], y.reshape(b, height, width, c))
 
 

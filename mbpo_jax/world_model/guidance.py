@@ -75,8 +75,8 @@ def batched(contexts: list[Cache]) -> Cache:
         return jnp.pad(x, width)
 
     return Cache(
-        keys=jnp.concatenate([pad(c.keys, 2) for c in contexts], axis=1),
-        values=jnp.concatenate([pad(c.values, 2) for c in contexts], axis=1),
+        keys=jnp.concatenate([pad(c.keys, 3) for c in contexts], axis=1),
+        values=jnp.concatenate([pad(c.values, 3) for c in contexts], axis=1),
         valid=jnp.concatenate([pad(c.valid, 1) for c in contexts], axis=0),
         position=jnp.concatenate([c.position for c in contexts], axis=0),
     )

@@ -199,8 +199,8 @@ def understanding_rows(golden: Golden, name: str, z: dict) -> list[Row]:
         segments.append(bagel.text_segment(params, config, np.asarray([ids])))
         cache = qwen2_mot.empty_cache(config.mot, 1)
         cache = bagel.extend(params, config, segments, cache)[0]
-        rows.append(row(f"{case}/kv_k", cache.keys[:, 0], z[f"{case}/kv_k"]))
-        rows.append(row(f"{case}/kv_v", cache.values[:, 0], z[f"{case}/kv_v"]))
+        rows.append(row(f"{case}/kv_k", cache.keys[:, 0].swapaxes(1, 2), z[f"{case}/kv_k"]))
+        rows.append(row(f"{case}/kv_v", cache.values[:, 0].swapaxes(1, 2), z[f"{case}/kv_v"]))
         position = z[f"{case}/start/packed_query_position_ids"]
         rows.append(row(f"{case}/start/packed_query_position_ids", cache.position, position, 0.0))
 
@@ -250,8 +250,9 @@ def generation_rows(golden: Golden, name: str, z: dict) -> list[Row]:
     for key, (cache, parts) in groups.items():
         if f"kv/{key}/k" in z:
             order = np.argsort(np.concatenate(_slots(parts)))
-            rows.append(row(f"kv/{key}/k", cache.keys[:, 0][:, order], z[f"kv/{key}/k"]))
-            rows.append(row(f"kv/{key}/v", cache.values[:, 0][:, order], z[f"kv/{key}/v"]))
+            for part, heads in (("k", cache.keys), ("v", cache.values)):
+                tokens = heads[:, 0].swapaxes(1, 2)[:, order]
+                rows.append(row(f"kv/{key}/{part}", tokens, z[f"kv/{key}/{part}"]))
     block = {"cfg_text": contexts.text_free, "cfg_img": contexts.image_free}
     rows += [
         row(f"{k}/cfg_packed_position_ids", c.position, z[f"{k}/cfg_packed_position_ids"][:1], 0.0)

@@ -52,14 +52,14 @@ def test_unknown_renorm():
 
 def test_batched_caches_are_padded_with_invisible_tokens():
     def cache(length, value):
-        kv = jnp.full((1, 1, length, 1, 2), value)
+        kv = jnp.full((1, 1, 1, length, 2), value)
         return Cache(kv, kv, jnp.ones((1, length), bool), jnp.array([length]))
 
     both = guidance.batched([cache(3, 1.0), cache(1, 2.0)])
-    assert both.keys.shape == (1, 2, 3, 1, 2)
+    assert both.keys.shape == (1, 2, 1, 3, 2)
     np.testing.assert_array_equal(both.valid, [[1, 1, 1], [1, 0, 0]])
     np.testing.assert_array_equal(both.position, [3, 1])
-    assert jax.tree.leaves(both.keys[:, 1, 1:])[0].sum() == 0
+    assert jax.tree.leaves(both.keys[:, 1, :, 1:])[0].sum() == 0
 
 
 def test_config_is_hashable_and_frozen():
