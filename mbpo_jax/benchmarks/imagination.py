@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mbpo_jax.benchmarks.flops import matmul_flops
 from mbpo_jax.benchmarks.reference_stack import (
@@ -19,8 +20,9 @@ from mbpo_jax.benchmarks.timing import interleave, matmul_peak, measured, timed
 from mbpo_jax.benchmarks.world_model import awake
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.rl.imagination import branch_keys, imagine
+from mbpo_jax.rl.imagination import ROW_AXES, branch_keys, imagine
 from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
+from mbpo_jax.training.sharding import make_mesh, map_rows, shard_batch
 from mbpo_jax.types import Observation, Params
 from mbpo_jax.world_model.umm_world import Frame, UMMWorld
 
@@ -32,15 +34,15 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
     """Rows at the config's branch length and imagination batch: the whole branch beside the
     reference's way of doing it, then the parts of a branch of ours, then those of the reference's.
 
-    A part is timed as a program of its own, times how often a branch needs it; "share" is its time
-    over that of all parts. The whole may take less than its parts, since one program reads each
-    array once.
+    The whole is spread over all devices; a part is timed as a program of its own on one, times how
+    often a branch needs it; "share" is its time over that of all parts. The whole may take less
+    than its parts, since one program reads each array once.
     """
     chunks, batch = config.rl.branch_chunks, config.rl.imagination_batch
     policy, world, params, world_params = models(config)
     start, key = start_states(config, batch), jax.random.key(2)
 
-    def whole(params, world_params, start, key):
+    def branches(params, world_params, start, keys):
         threshold = config.rl.reward_threshold
         return imagine(
             policy,
@@ -48,14 +50,17 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
             params,
             world_params,
             start,
-            branch_keys(key, jnp.arange(batch)),
+            keys,
             chunks=chunks,
             reward_threshold=threshold,
         )
 
-    arguments = (params, world_params, start, key)
-    parts = _parts(policy, _kind(SteppedWorld, world), *arguments, chunks)
-    runs = {"ours": timed(jax.jit(whole), *arguments)}
+    mesh = make_mesh()
+    whole = map_rows(branches, mesh, "shard_map", (None, None, 0, 0), ROW_AXES)
+    everywhere = jax.device_put((params, world_params), NamedSharding(mesh, PartitionSpec()))
+    arguments = (*everywhere, *shard_batch((start, branch_keys(key, np.arange(batch))), mesh))
+    parts = _parts(policy, _kind(SteppedWorld, world), params, world_params, start, key, chunks)
+    runs = {"ours": timed(whole, *arguments)}
     runs |= {name: timed(jax.jit(part), *inputs) for name, (part, inputs, _) in parts.items()}
     spent: list[dict[str, float]] = []
     with world_process(_kind(ServedWorld, world), world_params) as ask:
@@ -77,7 +82,9 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
     row = {"size": size, "batch": batch}
     race = {name: seconds[name] for name in ("ours", "peer")}
     total = (
-        row | {"work": f"{chunks} chunks"} | measured(race, matmul_flops(whole, *arguments), peak)
+        row
+        | {"work": f"{chunks} chunks", "devices": mesh.size}
+        | measured(race, matmul_flops(branches, *arguments), peak)
     )
     total["chunks_per_second"] = batch * chunks / total["seconds"]
     total["peer_chunks_per_second"] = batch * chunks / total["peer_seconds"]
@@ -148,7 +155,7 @@ def _parts(
         view = functools.partial(world.view, camera=camera)
         picture = functools.partial(world.picture, camera=camera)
         tokens = frames[camera].tokens
-        inputs = (world_params, start, frames, done, actions, key)
+        inputs = (world_params, start, frames, dict(done), actions, key)
         parts[f"dynamics {camera}"] = (view, inputs, chunks)
         parts[f"picture {camera}"] = (picture, (world_params, frames[camera], tokens), chunks)
         # The first view computes the features that are missing, for later views too.
