@@ -118,13 +118,14 @@ class Study:
             row["lpips"] = _lpips(imagined[camera], truth[camera])
             row["motion"] = metrics.motion_by_decile(*frames)
             row["out_of_view"] = metrics.out_of_view(*frames)
-        probability, label = answers(world, contender.answer_params, self.held_out, self.builder)
+        judged = answers(world, contender.answer_params, self.held_out, self.builder)
         frames = metrics.imagine_open_loop(world, params, self.starts, self.run_actions, self.key)
         numbers = {
             "views": scores,
             "disagreement_cm": self.disagreement(imagined),
-            "reward": metrics.classification(probability, label)
-            | metrics.calibration(probability, label),
+            "reward": metrics.classification(*judged[:2])
+            | metrics.calibration(*judged[:2])
+            | {"f1_interval": metrics.f1_interval(*judged)},
             "horizon": jax.tree.map(
                 lambda x: np.asarray(x).tolist(),
                 metrics.horizon_curve(self.starts.images, frames, self.run_images),

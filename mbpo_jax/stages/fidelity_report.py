@@ -8,6 +8,7 @@ import numpy as np
 from mbpo_jax.stages import figures
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.page import Section, Table, png, render
+from mbpo_jax.stages.statistics import f1_text
 
 Strips = dict[str, np.ndarray]  # camera -> uint8 [strips, n + 1, H, W, 3]
 
@@ -55,7 +56,7 @@ def table(summary: dict) -> str:
             for camera, v in m["views"].items()
         )
         lines.append(
-            f"{name:<20} {views}; reward F1 {m['reward']['f1']:.3f}; views disagree by "
+            f"{name:<20} {views}; reward F1 {f1_text(m['reward'])}; views disagree by "
             f"{m['disagreement_cm']:.1f} cm; {1e3 * m['seconds_per_chunk']:.0f} ms per chunk"
         )
     return "\n".join(lines)
@@ -66,7 +67,7 @@ def _verdict(models: dict) -> str:
     better = [c for c, v in main["views"].items() if v["psnr"] > v["copy_psnr"]]
     text = (
         f"{name} beats copying the last frame on {len(better)} of {len(main['views'])} views; its "
-        f"reward has F1 {main['reward']['f1']:.3f} on {main['reward']['frames']} frames."
+        f"reward has F1 {f1_text(main['reward'])} on {main['reward']['frames']} frames."
     )
     for other, m in list(models.items())[1:]:
         changes = ", ".join(
@@ -100,13 +101,16 @@ def _images(config: Config, models: dict, real: dict) -> Section:
 
 
 def _reward(models: dict) -> Section:
-    names = ("accuracy", "precision", "recall", "f1", "calibration_error")
-    rows = [(name, *(f"{m['reward'][k]:.3f}" for k in names)) for name, m in models.items()]
+    rows = []
+    for name, m in models.items():
+        shares = (f"{m['reward'][k]:.3f}" for k in ("accuracy", "precision", "recall"))
+        error = f"{m['reward']['calibration_error']:.3f}"
+        rows.append((name, *shares, f1_text(m["reward"]), error))
     r = next(iter(models.values()))["reward"]
     text = (
-        f"{r['frames']} held-out frames, {r['yes_frames']} of them done. The calibration error is "
-        "the mean gap between the predicted probability and the share of done frames, over ten "
-        "bins."
+        f"{r['frames']} held-out frames, {r['yes_frames']} of them done. F1 has its 95 % bootstrap "
+        "interval over episodes. The calibration error is the mean gap between the predicted "
+        "probability and the share of done frames, over ten bins."
     )
     figure = figures.reliability(
         {

@@ -274,12 +274,14 @@ def measure_fidelity(
             "no held-out transitions; raise --config.world_model.holdout_fraction or collect more"
         )
     chosen = collate([source[i] for i in spread(len(source), FIDELITY_TRANSITIONS)])
+    judged = answers(world, params, episodes, builder)
     key = jax.random.key(config.seed + 3)
     imagined = metrics.imagine_chunk(world, params, chosen, key)
     report = {
         "held_out_transitions": len(source),
         "fidelity": metrics.fidelity(chosen, imagined.images),
-        "reward": metrics.classification(*answers(world, params, episodes, builder)),
+        "reward": metrics.classification(*judged[:2])
+        | {"f1_interval": metrics.f1_interval(*judged), "episodes": len(episodes)},
     }
     if world.config.proprio_dim:
         report["proprio"] = metrics.proprio_error(chosen, imagined.proprio)
@@ -297,8 +299,8 @@ def measure_fidelity(
 
 def answers(
     world: WorldModel, params: Params, episodes: list[Episode], builder: ObservationBuilder
-) -> tuple[np.ndarray, np.ndarray]:
-    """P(Yes) and label of every labelled frame of the episodes."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """P(Yes), label and number of the episode of every labelled frame of the episodes."""
     examples = reward_examples(episodes, builder)
     reward = jax.jit(metrics.judge(world))
     probabilities, labels = [], []
@@ -307,7 +309,7 @@ def answers(
         batch = collate(rows + [rows[-1]] * (128 - len(rows)))
         probabilities.append(np.asarray(reward(params, batch.observation))[: len(rows)])
         labels.append(batch.label[: len(rows)])
-    return np.concatenate(probabilities), np.concatenate(labels)
+    return np.concatenate(probabilities), np.concatenate(labels), examples.index[:, 0]
 
 
 def _save_film_strips(start: Images, imagined: Images, seen: Images, path: Path) -> None:

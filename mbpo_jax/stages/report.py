@@ -9,6 +9,7 @@ import numpy as np
 from mbpo_jax.stages import figures
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.page import Image, Section, Table, png, render
+from mbpo_jax.stages.statistics import f1_text
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
 
@@ -122,7 +123,7 @@ def _one_line(stage: str, s: dict) -> str:
         views = ", ".join(
             f"{c} {v['psnr']:.1f} dB (copy {v['copy_psnr']:.1f})" for c, v in s["fidelity"].items()
         )
-        return f"{views}; reward F1 {s['reward']['f1']:.3f}"
+        return f"{views}; reward F1 {f1_text(s['reward'])}"
     if stage == "improve":
         return (
             f"imagined success {s['imagined_success_first']:.3f} → "
@@ -261,11 +262,12 @@ def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
     views = Table(("view", "PSNR (dB)", "copy-last-frame", "SSIM", "copy-last-frame"), rows)
     r = s["reward"]
     reward = Table(
-        ("reward, held-out frames", "accuracy", "precision", "recall", "F1"),
+        ("reward, held-out frames", "accuracy", "precision", "recall", "F1 (95 % interval)"),
         [
             (
-                f"{r['frames']} frames, {r['yes_frames']} done",
-                *(f"{r[k]:.3f}" for k in ("accuracy", "precision", "recall", "f1")),
+                f"{r['frames']} frames of {r['episodes']} episodes, {r['yes_frames']} done",
+                *(f"{r[k]:.3f}" for k in ("accuracy", "precision", "recall")),
+                f1_text(r),
             )
         ],
     )

@@ -64,6 +64,26 @@ def classification(probability: np.ndarray, label: np.ndarray) -> dict[str, floa
     }
 
 
+def f1_interval(
+    probability: np.ndarray, label: np.ndarray, episode: np.ndarray, resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % bootstrap interval of `classification`'s F1 over episodes: frames of one episode
+    resemble each other, so whole episodes are drawn (with replacement, always the same draws).
+
+    Args:
+        episode: int, the number of each frame's episode.
+    """
+    yes, truth = np.asarray(probability) > 0.5, np.asarray(label) > 0.5
+    hits = np.bincount(episode, yes & truth)
+    total = np.bincount(episode, 1.0 * yes + truth)
+    known = np.unique(episode)
+    drawn = np.random.default_rng(0).choice(known, (resamples, len(known)))
+    total = total[drawn].sum(1)
+    scores = 2 * hits[drawn].sum(1) / np.maximum(total, 1)
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def calibration(
     probability: np.ndarray, label: np.ndarray, bins: int = 10
 ) -> dict[str, float | list[float]]:

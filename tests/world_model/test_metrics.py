@@ -43,6 +43,17 @@ def test_classification_by_hand():
     assert metrics.classification([0.1], [0])["f1"] == 0.0
 
 
+def test_f1_interval_draws_whole_episodes():
+    # Episode 4 is all hits, episode 7 all misses: draws of two give F1 1 (both times 4), 2/3 (one
+    # of each: 2 hits, 2 claimed, 4 actual) or 0 (both times 7), each extreme in 1/4 of them.
+    probability, label, episode = [0.9, 0.9, 0.1, 0.1], [1, 1, 1, 1], [4, 4, 7, 7]
+    assert metrics.f1_interval(probability, label, episode) == (0.0, 1.0)
+    # Frames alone would nearly never be all of one kind, and episodes alike have no spread.
+    np.testing.assert_allclose(
+        metrics.f1_interval([0.9, 0.1] * 20, [1] * 40, np.repeat(np.arange(20), 2)), 2 / 3
+    )
+
+
 def test_copying_scores_as_the_baseline():
     transitions = make_transition(batch=(5,))
     imagined = metrics.imagine_chunk(CopyWorld(), {}, transitions, jax.random.key(0), batch_size=2)
