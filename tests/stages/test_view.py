@@ -14,6 +14,7 @@ from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages import view
 from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.types import WorldState
 from tests.toy import ToyPolicy
 
 TIMES = [0, 2, 4, 5]  # two whole chunks, and one that ended early without success
@@ -23,11 +24,15 @@ CAMERAS = ("top", "hand")
 class Brightening:
     """A world that gets 10 grey levels brighter with every chunk; done is how bright it is."""
 
-    def step(self, params, observation, actions, key):
-        return observation.replace(images={c: x + 10 for c, x in observation.images.items()})
+    def encode(self, params, observation, key):
+        return WorldState(observation)
 
-    def reward(self, params, observation):
-        return jnp.asarray(observation.images["top"]).mean((1, 2, 3)) / 255
+    def step(self, params, state, actions, key):
+        images = {c: x + 10 for c, x in state.observation.images.items()}
+        return WorldState(state.observation.replace(images=images))
+
+    def reward(self, params, state):
+        return jnp.asarray(state.observation.images["top"]).mean((1, 2, 3)) / 255
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from mbpo_jax.types import WorldState
 from mbpo_jax.world_model import metrics
 
 from .conftest import CAMERAS, make_transition
@@ -11,8 +12,11 @@ from .conftest import CAMERAS, make_transition
 class CopyWorld:
     """Imagines that nothing happens."""
 
-    def step(self, params, observation, actions, key):
-        return observation
+    def encode(self, params, observation, key):
+        return WorldState(observation)
+
+    def step(self, params, state, actions, key):
+        return state
 
 
 def test_psnr_by_hand():
