@@ -94,21 +94,23 @@ def guided_velocity(
 ) -> Float[Array, "B n v"]:
     """`predict` under all contexts present, in one batch, combined by `guidance.combine`.
 
-    t is a scalar; guidance is applied whatever it is.
+    t is a scalar; guidance is applied whatever it is. A context that is another one (`text_free`
+    behind an image, from which no text was dropped) is evaluated once.
     """
-    branches = [contexts.full, contexts.text_free, contexts.image_free]
-    branches = [c for c in branches if c is not None]
+    present = [contexts.full, contexts.text_free, contexts.image_free]
+    present = [c for c in present if c is not None]
+    distinct = list({id(c): c for c in present}.values())
 
     def tile(y):
-        return None if y is None else jnp.concatenate([y] * len(branches), axis=0)
+        return None if y is None else jnp.concatenate([y] * len(distinct), axis=0)
 
-    stacked = branches[0] if len(branches) == 1 else guidance.batched(branches)
-    times = jnp.full((len(branches) * x.shape[0],), t)
+    stacked = distinct[0] if len(distinct) == 1 else guidance.batched(distinct)
+    times = jnp.full((len(distinct) * x.shape[0],), t)
     v = predict(params, config, tokenizer, stacked, tile(x), times, rows, columns, tile(current))
-    parts = jnp.split(v, len(branches), axis=0)
-    if len(branches) == 1:
+    if len(present) == 1:
         return v
-    return guidance.combine(config.guidance, parts[0], parts[1], *(parts[2:] or [None]))
+    found = {id(c): part for c, part in zip(distinct, jnp.split(v, len(distinct), axis=0))}
+    return guidance.combine(config.guidance, *(found[id(c)] for c in present))
 
 
 def generate(

@@ -36,7 +36,7 @@ def combine(
     config: GuidanceConfig,
     full: Float[Array, "B n v"],
     text_free: Float[Array, "B n v"],
-    image_free: Float[Array, "B n v"] | None,
+    image_free: Float[Array, "B n v"] | None = None,
 ) -> Float[Array, "B n v"]:
     """The guided velocity of tokens [B, n, v] from the velocities under the three contexts.
 
