@@ -50,7 +50,7 @@ class ReferenceOrder(UMMWorld):
         def velocity(cache, x, t):
             t = jnp.full(x.shape[:1], t)
             return generation.predict(
-                params, config, self.tokenizer, cache, x, t, side, side, current
+                params, config, self.tokenizer, [cache], x, t, side, side, current
             )
 
         def euler(x, step):

@@ -209,10 +209,14 @@ def empty_cache(config: MoTConfig, batch: int) -> Cache:
 
 
 def forward(
-    params: Params, config: MoTConfig, segments: Sequence[Segment], cache: Cache
+    params: Params, config: MoTConfig, segments: Sequence[Segment], *caches: Cache
 ) -> tuple[Array, Array]:
-    """Hidden states after the final norms, (und [B, Tu, D], gen [B, Tg, D]), segments in order."""
-    und, gen, _, _ = _run(params, config, segments, cache, collect=False)
+    """Hidden states after the final norms, (und [B, Tu, D], gen [B, Tg, D]), segments in order.
+
+    Several caches belong to as many groups of rows in order: every matrix is multiplied once with
+    all rows, and each group attends to its own cache, whatever the length of the others.
+    """
+    und, gen, _, _ = _run(params, config, segments, caches, collect=False)
     return und, gen
 
 
@@ -226,7 +230,7 @@ def extend(
     """
     if any(s.attention == "noise" for s in segments):
         raise ValueError("A noised image never enters the cache: pass it to `forward` instead.")
-    und, gen, new, position = _run(params, config, segments, cache, collect=True)
+    und, gen, new, position = _run(params, config, segments, [cache], collect=True)
     cache = Cache(
         keys=jnp.concatenate([cache.keys, new[0]], axis=3),
         values=jnp.concatenate([cache.values, new[1]], axis=3),
@@ -240,7 +244,7 @@ def layer_outputs(
     params: Params, config: MoTConfig, segments: Sequence[Segment], cache: Cache
 ) -> tuple[Array, Array]:
     """Hidden states after every layer, before the final norm: und [L, B, Tu, D] and gen."""
-    x, layer, scanned, _ = _prepare(params, config, segments, cache, collect=False)
+    x, layer, scanned, _ = _prepare(params, config, segments, [cache], collect=False)
     _, hidden = config.layer_loop(lambda x, w: (layer(x, w)[0],) * 2, x, scanned)
     return hidden
 
@@ -251,39 +255,46 @@ def _valid(segments):
     return jnp.concatenate(und + gen, axis=1)
 
 
-def _prepare(params, config, segments, cache, collect):
+def _prepare(params, config, segments, caches, collect):
     x = tuple(jnp.concatenate([getattr(s, e) for s in segments], axis=1) for e in EXPERTS)
     lengths = [stream.shape[1] for stream in x]
-    positions, position = segment_positions(segments, cache.position)
-    count = cache.valid.shape[1] + positions.shape[1]  # of positions: there are fewer than tokens
+    start = jnp.concatenate([cache.position for cache in caches])
+    positions, position = segment_positions(segments, start)
+    longest = max(cache.valid.shape[1] for cache in caches)
+    count = longest + positions.shape[1]  # of positions: there are fewer than tokens
     cos, sin = rope_angles(positions, config.head_dim, config.rope_theta, count)
 
     visible = jnp.asarray(attention_mask(segments))[None] & _valid(segments)[:, None, :]
     # A padded text token in front of an empty cache would see nothing and turn into NaN.
-    nothing = ~visible.any(2) & ~cache.valid.any(1, keepdims=True)
+    past = jnp.concatenate([cache.valid.any(1, keepdims=True) for cache in caches])
+    nothing = ~visible.any(2) & ~past
     bias = jnp.where(visible | nothing[..., None], 0.0, -jnp.inf)
-    past_bias = jnp.where(cache.valid, 0.0, -jnp.inf)[:, None]
+    past_biases = [jnp.where(cache.valid, 0.0, -jnp.inf)[:, None] for cache in caches]
+    groups = np.cumsum([len(cache.position) for cache in caches])[:-1]
 
     def layer(x, scanned):
-        weights, past_keys, past_values = scanned
+        weights, pasts = scanned
         q, k, v = (
             jnp.concatenate(parts, axis=1)
             for parts in zip(*[_qkv(weights[e], s, config) for e, s in zip(EXPERTS, x)])
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        past = (past_keys.astype(k.dtype), past_values.astype(v.dtype), past_bias)
-        seen = [past, (k, v, bias)] if past_keys.shape[2] else [(k, v, bias)]
-        mixed = _attention(q, seen)
-        mixed = jnp.split(mixed, [lengths[0]], axis=1)
+        grouped = zip(*[jnp.split(y, groups) for y in (q, k, v, bias)], pasts, past_biases)
+        mixed = []
+        for q_group, *new, (keys, values), past_bias in grouped:
+            past = (keys.astype(k.dtype), values.astype(v.dtype), past_bias)
+            mixed.append(_attention(q_group, [past, new] if keys.shape[2] else [new]))
+        mixed = jnp.split(jnp.concatenate(mixed), [lengths[0]], axis=1)
         x = tuple(_finish(weights[e], s, m, config) for e, s, m in zip(EXPERTS, x, mixed))
         return x, ((k, v) if collect else None)
 
-    return x, layer, (params["layers"], cache.keys, cache.values), position
+    pasts = [(cache.keys, cache.values) for cache in caches]
+    return x, layer, (params["layers"], pasts), position
 
 
-def _run(params, config, segments, cache, collect):
-    x, layer, scanned, position = _prepare(params, config, segments, cache, collect)
+def _run(params, config, segments, caches, collect):
+    x, layer, scanned, position = _prepare(params, config, segments, caches, collect)
     (und, gen), new = config.layer_loop(layer, x, scanned)
     und = rms_norm(und, params["norm"]["und"]["scale"], config.norm_eps)
     gen = rms_norm(gen, params["norm"]["gen"]["scale"], config.norm_eps)

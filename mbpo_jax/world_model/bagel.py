@@ -244,9 +244,8 @@ def extend(
 
 
 def forward(
-    params: Params, config: UMMConfig, segments: Sequence[Segment], cache: Cache | None = None
+    params: Params, config: UMMConfig, segments: Sequence[Segment], *caches: Cache
 ) -> tuple[Array, Array]:
     """`qwen2_mot.forward`, by default without a prefix."""
-    if cache is None:
-        cache = qwen2_mot.empty_cache(config.mot, segments[0].und.shape[0])
-    return qwen2_mot.forward(params["mot"], config.mot, segments, cache)
+    caches = caches or (qwen2_mot.empty_cache(config.mot, segments[0].und.shape[0]),)
+    return qwen2_mot.forward(params["mot"], config.mot, segments, *caches)

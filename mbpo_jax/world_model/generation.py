@@ -66,16 +66,17 @@ def predict(
     params: Params,
     config: UMMConfig,
     tokenizer: Tokenizer,
-    context: Cache,
+    contexts: Sequence[Cache],
     x: Float[Array, "B n v"],
     t: Float[Array, "B"],
     rows: int,
     columns: int,
     current: Float[Array, "B n v"] | None = None,
 ) -> Float[Array, "B n v"]:
-    """The velocity (noise - clean) of noised tokens x at flow time t under one context."""
+    """The velocity (noise - clean) of noised tokens x at flow time t, of which equal parts of the
+    rows are under each of the contexts."""
     segment = bagel.latent_segment(params, config, tokenizer, x, rows, columns, t, current)
-    output = bagel.read_latents(params, bagel.forward(params, config, [segment], context)[1])
+    output = bagel.read_latents(params, bagel.forward(params, config, [segment], *contexts)[1])
     if config.prediction == "residual":
         return (x - output) / t[:, None, None]
     return output
@@ -104,9 +105,8 @@ def guided_velocity(
     def tile(y):
         return None if y is None else jnp.concatenate([y] * len(distinct), axis=0)
 
-    stacked = distinct[0] if len(distinct) == 1 else guidance.batched(distinct)
     times = jnp.full((len(distinct) * x.shape[0],), t)
-    v = predict(params, config, tokenizer, stacked, tile(x), times, rows, columns, tile(current))
+    v = predict(params, config, tokenizer, distinct, tile(x), times, rows, columns, tile(current))
     if len(present) == 1:
         return v
     found = {id(c): part for c, part in zip(distinct, jnp.split(v, len(distinct), axis=0))}

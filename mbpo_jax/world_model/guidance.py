@@ -64,19 +64,3 @@ def _rescale(reference, guided, axes, low):
     )
     return jnp.clip(norm / (guided_norm + 1e-8), low, 1.0)
 
-
-def batched(contexts: list[Cache]) -> Cache:
-    """Caches of different lengths as one, stacked along the batch axis."""
-    length = max(c.valid.shape[1] for c in contexts)
-
-    def pad(x, axis):
-        width = [(0, 0)] * x.ndim
-        width[axis] = (0, length - x.shape[axis])
-        return jnp.pad(x, width)
-
-    return Cache(
-        keys=jnp.concatenate([pad(c.keys, 3) for c in contexts], axis=1),
-        values=jnp.concatenate([pad(c.values, 3) for c in contexts], axis=1),
-        valid=jnp.concatenate([pad(c.valid, 1) for c in contexts], axis=0),
-        position=jnp.concatenate([c.position for c in contexts], axis=0),
-    )

@@ -346,7 +346,7 @@ def _velocities_at(golden, rows, columns):
     def velocities(cache, states, times):
         def one(step):
             x, t = step
-            args = (golden.params, golden.config, golden.tokenizer, cache, x[None], t[None])
+            args = (golden.params, golden.config, golden.tokenizer, [cache], x[None], t[None])
             return generation.predict(*args, rows, columns)[0]
 
         return jax.lax.map(one, (jnp.asarray(states), jnp.asarray(times)))

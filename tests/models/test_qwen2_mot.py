@@ -110,6 +110,23 @@ def test_cached_prefix_equals_one_pass(params):
     np.testing.assert_allclose(und[:, -2:], und_cached, atol=1e-5)
 
 
+def test_groups_of_rows_attend_to_their_own_caches(params):
+    prefixes = [[], [segment("causal", 3)], [segment("causal", 2, seed=5), image(1)]]
+    noised = [image(seed, "noise") for seed in (3, 4, 5)]
+
+    @jax.jit
+    def both(p):
+        empty = qwen2_mot.empty_cache(CONFIG, 1)
+        caches = [qwen2_mot.extend(p, CONFIG, s, empty)[0] if s else empty for s in prefixes]
+        together = jax.tree.map(lambda *x: jnp.concatenate(x), *noised)
+        alone = [qwen2_mot.forward(p, CONFIG, [s], c) for s, c in zip(noised, caches)]
+        return qwen2_mot.forward(p, CONFIG, [together], *caches), alone
+
+    found, alone = both(params)
+    expected = jax.tree.map(lambda *x: jnp.concatenate(x), *alone)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
 def test_each_expert_has_its_own_weights(params):
     segments = [segment("causal", 3), image(1)]
     und, gen = run(params, segments)

@@ -10,14 +10,15 @@ from mbpo_jax.models.layers import matmul
 from mbpo_jax.models.vae import VAEConfig
 
 
+@pytest.mark.parametrize("inputs", [4, 128])  # patches, and a product for each kernel pixel
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_equals_xla(stride):
+def test_convolution_equals_xla(stride, inputs):
     keys = jax.random.split(jax.random.key(0), 3)
     weights = {
-        "kernel": jax.random.normal(keys[0], (3, 3, 4, 5)),
+        "kernel": jax.random.normal(keys[0], (3, 3, inputs, 5)),
         "bias": jax.random.normal(keys[1], (5,)),
     }
-    x = jax.random.normal(keys[2], (2, 7, 9, 4))
+    x = jax.random.normal(keys[2], (2, 7, 9, inputs)) / np.sqrt(inputs)
     expected = jax.lax.conv_general_dilated(
         x,
         weights["kernel"],

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.models.qwen2_mot import Cache
 from mbpo_jax.world_model import guidance
 from mbpo_jax.world_model.config import GuidanceConfig
 from mbpo_jax.world_model.generation import sampling_times, training_times
@@ -48,18 +47,6 @@ def test_interval_is_open_below_and_closed_above():
 def test_unknown_renorm():
     with pytest.raises(ValueError, match="'chanel' is none of"):
         guidance.combine(GuidanceConfig(2.0, renorm="chanel"), C, U_TEXT, U_IMAGE)
-
-
-def test_batched_caches_are_padded_with_invisible_tokens():
-    def cache(length, value):
-        kv = jnp.full((1, 1, 1, length, 2), value)
-        return Cache(kv, kv, jnp.ones((1, length), bool), jnp.array([length]))
-
-    both = guidance.batched([cache(3, 1.0), cache(1, 2.0)])
-    assert both.keys.shape == (1, 2, 1, 3, 2)
-    np.testing.assert_array_equal(both.valid, [[1, 1, 1], [1, 0, 0]])
-    np.testing.assert_array_equal(both.position, [3, 1])
-    assert jax.tree.leaves(both.keys[:, 1, :, 1:])[0].sum() == 0
 
 
 def test_config_is_hashable_and_frozen():

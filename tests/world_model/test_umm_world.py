@@ -102,7 +102,7 @@ def test_imagined_wrist_follows_the_imagined_head(params, step):
     np.testing.assert_array_equal(first["wrist"], second["wrist"])
 
 
-def test_a_step_goes_on_from_its_own_latents(world, params, reward):
+def test_a_step_goes_on_from_its_own_latents(world, params):
     # A second step adds what its latents say beyond the first frame's, pixel by pixel.
     observation = make_observation()
     # Mid-grey images and small changes: nothing is clipped.
@@ -121,9 +121,11 @@ def test_a_step_goes_on_from_its_own_latents(world, params, reward):
         expected = first.pixels + decoded[1] - decoded[0]
         np.testing.assert_allclose(frame.pixels, expected, atol=1e-5)
         np.testing.assert_array_equal(last.observation.images[camera], to_uint8(frame.pixels))
-    # The features in memory are those of the image, up to its rounding to bytes.
-    probability = jax.jit(world.reward)(params, last)
-    np.testing.assert_allclose(probability, reward(params, last.observation), atol=1e-2)
+    # The features that the reward reads are those of the last image, up to its rounding to bytes.
+    features = jax.jit(world.first_view_features)
+    head, old = (state.memory["head"].features for state in (last, start))
+    error = np.abs(head - features(params, last.observation)).max()
+    assert error < 0.05 * np.abs(head - old).max()
 
 
 def test_padding_of_the_prompt_changes_nothing(params, step, reward):
