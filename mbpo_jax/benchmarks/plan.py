@@ -240,7 +240,7 @@ class _Steps:
         images = self._batch(next(iter(self.seen.images.values())), section.batch_size)
 
         def loss_fn(vae, frozen, images, key):
-            return self.world.vae_loss(vae, images, key)
+            return self.world.autoencoder.loss(vae, images, key)
 
         start = self.world_params["vae"]
         return self._training("autoencoder step", "vae", loss_fn, section, start, {}, images)
@@ -248,7 +248,7 @@ class _Steps:
     def _world_model(self) -> Step:
         section, world = self.config.world_model, self.world
         encoded = jax.eval_shape(
-            world.image_moments,
+            world.autoencoder.moments,
             self.world_params,
             self._abstract(self.seen.images[world.cameras[0]][None]),
         )

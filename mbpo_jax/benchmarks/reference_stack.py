@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, UInt8
 from mbpo_jax.benchmarks.world_model import ReferenceOrder
 from mbpo_jax.types import Branch, Observation, Params, Policy, Prompt
 from mbpo_jax.world_model import bagel, generation
-from mbpo_jax.world_model.umm_world import Frame, UMMWorld, to_uint8
+from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8
+from mbpo_jax.world_model.umm_world import Frame, UMMWorld
 
 Ask = Callable[[dict], dict]
 # No limits, no compression, no keep-alive: requests are large and answers take long.
@@ -30,16 +31,16 @@ class SteppedWorld(UMMWorld):
 
     def frame(self, params: Params, images: UInt8[Array, "B H W 3"], key: Array) -> Frame:
         """One view, encoded by the autoencoder; without ViT features."""
-        pixels = self._pixels(images)
-        latents = self._latents(params, self.image_moments(params, images), key)
+        moments = self.autoencoder.moments(params, images)
+        latents = self.autoencoder.latents(params, moments, key)
         tokens = bagel.tokens_from_latents(latents, self.config.latent_patch)
-        return Frame(pixels, tokens, None)
+        return Frame(to_pixels(images), tokens, None)
 
     def decoded(self, params: Params, frame: Frame) -> Frame:
         """The frame with its latents decoded, which a residual is added to."""
         if self.config.prediction == "velocity":
             return frame
-        return frame.replace(decoded=self._decode(params, frame.tokens))
+        return frame.replace(decoded=self.autoencoder.decode(params, frame.tokens))
 
     def view(
         self,

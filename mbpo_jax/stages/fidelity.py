@@ -31,6 +31,7 @@ from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Params, Transition, WorldModel
 from mbpo_jax.world_model import metrics, perceptual
 from mbpo_jax.world_model.frame_by_frame import FrameByFrame
+from mbpo_jax.world_model.statistics import latent_statistics, proprio_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 HORIZON_SEQUENCES = 64
@@ -159,7 +160,7 @@ class Study:
         }
 
     def _latents(self, images):
-        encode = jax.jit(self.world.encode_images)
+        encode = jax.jit(self.world.autoencoder.encode)
         parts = [encode(self.params, images[i : i + 64]) for i in range(0, len(images), 64)]
         return np.concatenate([np.asarray(x).reshape(len(x), -1) for x in parts])
 
@@ -217,8 +218,10 @@ def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> 
     sources = transitions(study.train, study.builder, world.chunk)
     if world.chunk != study.world.chunk:
         some = _collated(sources, FIDELITY_TRANSITIONS)
-        params = world.set_proprio_statistics(params, some)
-        params = world.set_latent_statistics(params, some)
+        params["statistics"] = {
+            **latent_statistics(world.autoencoder, world.cameras, params, some),
+            **proprio_statistics(world.config, some),
+        }
     return train_dynamics(config, world, params, sources, study.train, directory)
 
 

@@ -36,6 +36,11 @@ from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 from mbpo_jax.types import Params, WorldModel
 from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.checkpoint import load_bagel
+from mbpo_jax.world_model.statistics import (
+    latent_statistics,
+    neutral_statistics,
+    proprio_statistics,
+)
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 Images = Mapping[str, np.ndarray]  # per camera
@@ -74,10 +79,11 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
             "collect more (--config.rollouts.episodes_per_task)"
         )
     some = collate([sources[i] for i in spread(len(sources), STATISTICS_TRANSITIONS)])
-    params = world.set_proprio_statistics(params, some)
+    found = proprio_statistics(world.config, some)
     if config.world_model.vae_training.steps:
         params = _train_vae(config, world, params, train, directory / "vae")
-        params = world.set_latent_statistics(params, some)
+        found |= latent_statistics(world.autoencoder, world.cameras, params, some)
+    params["statistics"] |= found
     params = train_dynamics(config, world, params, sources, train, directory / "dynamics")
     save_params(directory / "world_model", params)
     report = measure_fidelity(config, world, params, held_out, directory)
@@ -123,7 +129,7 @@ def _initial_params(config: Config, world: UMMWorld) -> Params:
     return {
         **params,
         "adapters": {**fresh, **params["adapters"]},
-        "statistics": world.neutral_statistics(),
+        "statistics": neutral_statistics(world.config, world.cameras),
     }
 
 
@@ -142,7 +148,7 @@ def _train_vae(
             step += 1
 
     vae = fit(
-        lambda vae, frozen, images, key: world.vae_loss(vae, images, key),
+        lambda vae, frozen, images, key: world.autoencoder.loss(vae, images, key),
         params["vae"],
         {},
         image_batches,
@@ -238,7 +244,7 @@ def _with_moments(
 ) -> Source:
     """Records (transition, its latents' moments now and later), each frame encoded once: the
     autoencoder is frozen, and training comes back to every frame many times."""
-    encode, vae = jax.jit(world.image_moments), jax.device_put({"vae": params["vae"]})
+    encode, vae = jax.jit(world.autoencoder.moments), jax.device_put({"vae": params["vae"]})
     first = np.cumsum([0, *(len(e.timesteps) for e in episodes)])
     # One shape, hence one compilation: the last batch is filled up with earlier frames.
     parts = np.resize(np.arange(first[-1]), (-(-first[-1] // ENCODED_FRAMES), ENCODED_FRAMES))

@@ -63,4 +63,3 @@ def _rescale(reference, guided, axes, low):
         jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (reference, guided)
     )
     return jnp.clip(norm / (guided_norm + 1e-8), low, 1.0)
-

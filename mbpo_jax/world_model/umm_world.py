@@ -13,18 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from mbpo_jax.models import navit, qwen2_mot, vae
 from mbpo_jax.models.qwen2_mot import Segment
 from mbpo_jax.types import Observation, Params, Prompt, RewardExample, Transition, WorldState
-from mbpo_jax.world_model import bagel, generation, perceptual
+from mbpo_jax.world_model import bagel, generation
 from mbpo_jax.world_model.actions import ActionText
+from mbpo_jax.world_model.autoencoder import Autoencoder, resize, to_pixels, to_uint8
 from mbpo_jax.world_model.bagel import Tokenizer
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.guidance import Contexts
+from mbpo_jax.world_model.statistics import neutral_statistics
 
-Moments = Mapping[str, Array]  # per camera, what `UMMWorld.image_moments` gives
+Moments = Mapping[str, Array]  # per camera, what `Autoencoder.moments` gives
 
 
 @struct.dataclass
@@ -69,6 +71,7 @@ class UMMWorld:
         _check_config(config, tokenizer)
         self.config, self.cameras, self.tokenizer = config, tuple(cameras), tokenizer
         self.image_size, self.action_dim, self.chunk = image_size, action_dim, chunk
+        self.autoencoder = Autoencoder(config, image_size)
         limits = np.asarray(action_limits or [(-1.0, 1.0)] * action_dim, np.float32)
         self.action_centre, self.action_scale = limits.mean(axis=1), np.ptp(limits, axis=1) / 2
         self.yes_id, self.no_id = (_answer_id(tokenizer, word) for word in ("Yes", "No"))
@@ -87,24 +90,8 @@ class UMMWorld:
         model_key, vae_key = jax.random.split(key)
         params = bagel.init(self.config, self.action_dim, model_key)
         params["vae"] = vae.init(self.config.vae, vae_key)
-        params["statistics"] = self.neutral_statistics()
+        params["statistics"] = neutral_statistics(self.config, self.cameras)
         return params
-
-    def neutral_statistics(self) -> Params:
-        """Statistics that change nothing, as released models have them."""
-        z, p = self.config.vae.z_channels, self.config.proprio_dim
-        statistics = {
-            "latent_mean": jnp.zeros(z),
-            "latent_std": jnp.ones(z),
-            "residual_scale": {camera: jnp.ones(()) for camera in self.cameras},
-        }
-        if p:
-            statistics["proprio"] = {
-                "mean": jnp.zeros(p),
-                "std": jnp.ones(p),
-                "change": jnp.ones(p),
-            }
-        return statistics
 
     def for_inference(self, params: Params) -> Params:
         """The same model in less memory: the transformers' matrices in the dtype of their products,
@@ -136,7 +123,7 @@ class UMMWorld:
         frames = self._encode(params, observation.images, self._featured, key)
         if self.config.prediction == "residual":
             tokens = jnp.concatenate([frames[c].tokens for c in self.cameras])
-            decoded = jnp.split(self._decode(params, tokens), len(self.cameras))
+            decoded = jnp.split(self.autoencoder.decode(params, tokens), len(self.cameras))
             frames = {c: frames[c].replace(decoded=d) for c, d in zip(self.cameras, decoded)}
         return jax.tree.map(lambda x: _restore(x, batch), WorldState(observation, frames))
 
@@ -215,7 +202,7 @@ class UMMWorld:
         The error is that of the velocity, or of the residual itself in residual mode.
 
         Args:
-            moments: `image_moments` of the current and of the next images, where they were
+            moments: `Autoencoder.moments` of the current and of the next images, where they were
                 computed before: the autoencoder is frozen.
 
         Returns:
@@ -292,90 +279,6 @@ class UMMWorld:
         correct = (logits[:, self.yes_id] > logits[:, self.no_id]) == is_yes
         return loss, {"reward/ce": loss, "reward/accuracy": correct.mean()}
 
-    # The autoencoder
-
-    def vae_loss(
-        self, vae_params: Params, images: UInt8[Array, "B H W 3"], key: Array
-    ) -> tuple[Array, dict[str, Array]]:
-        """Reconstruction (absolute + squared error), a small KL to the standard normal, and LPIPS
-        where the config weighs it and it is installed.
-
-        Returns:
-            The loss and {"vae/l1", "vae/psnr", "vae/kl", "vae/lpips"} (the last only if it counts).
-        """
-        config = self.config.vae
-        pixels = self._pixels(images)
-        mean, log_variance = vae.moments(vae_params, config, pixels)
-        noise = jax.random.normal(key, mean.shape)
-        raw = mean + jnp.exp(0.5 * log_variance) * noise
-        error = vae.decode(vae_params, config, vae.scale_latents(config, raw)) - pixels
-        l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()
-        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
-        psnr = -10.0 * jnp.log10(l2 / 4.0)
-        loss = l1 + l2 + self.config.kl_weight * kl
-        metrics = {"vae/l1": l1, "vae/psnr": psnr, "vae/kl": kl}
-        distance = perceptual.lpips() if self.config.lpips_weight else None
-        if distance:
-            metrics["vae/lpips"] = distance(pixels + error, pixels).mean()
-            loss += self.config.lpips_weight * metrics["vae/lpips"]
-        return loss, metrics
-
-    def image_moments(
-        self, params: Params, images: UInt8[Array, "B H W 3"]
-    ) -> Float[Array, "B h w 2*z"]:
-        """Mean and log-variance of the autoencoder's posterior, one after the other."""
-        pixels = _resize(self._pixels(images), self.config.vae_image_size)
-        return jnp.concatenate(vae.moments(params["vae"], self.config.vae, pixels), axis=-1)
-
-    def encode_images(
-        self, params: Params, images: UInt8[Array, "B H W 3"]
-    ) -> Float[Array, "B h w z"]:
-        """Posterior means in the units the model works in (see `set_latent_statistics`)."""
-        return self._latents(params, self.image_moments(params, images), None)
-
-    def decode_latents(
-        self, params: Params, latents: Float[Array, "B h w z"]
-    ) -> Float[Array, "B H W 3"]:
-        """Images in about [-1, 1] of latents as `encode_images` gives them, not clipped."""
-        stats = params["statistics"]
-        latents = latents * stats["latent_std"] + stats["latent_mean"]
-        images = vae.decode(params["vae"], self.config.vae, latents)
-        return _resize(images, self.image_size)
-
-    def set_latent_statistics(self, params: Params, transitions: Transition) -> Params:
-        """Parameters with the latents' mean and standard deviation per channel and each view's
-        root mean square of changes, measured on transitions [N].
-
-        Needed once after training a VAE from scratch; released models keep 0, 1 and 1.
-        """
-        bare = {**params, "statistics": self.neutral_statistics()}
-        encode = jax.jit(self.encode_images)
-        now = {c: encode(bare, transitions.observation.images[c]) for c in self.cameras}
-        later = {c: encode(bare, transitions.next_images[c]) for c in self.cameras}
-        pooled = jnp.concatenate(list(now.values()))
-        mean, std = pooled.mean((0, 1, 2)), pooled.std((0, 1, 2)) + 1e-6
-        scale = {
-            c: jnp.sqrt(jnp.mean(jnp.square((later[c] - now[c]) / std))) + 1e-6
-            for c in self.cameras
-        }
-        found = {"latent_mean": mean, "latent_std": std, "residual_scale": scale}
-        return {**params, "statistics": {**params["statistics"], **found}}
-
-    def set_proprio_statistics(self, params: Params, transitions: Transition) -> Params:
-        """Parameters with the mean and standard deviation of proprioception and the root mean
-        square of its changes per value, measured on transitions [N]; as they were where
-        proprioception is not predicted."""
-        if not self.config.proprio_dim:
-            return params
-        now = jnp.asarray(transitions.observation.proprio)
-        change = transitions.next_proprio - now
-        found = {
-            "mean": now.mean(0),
-            "std": now.std(0) + 1e-6,
-            "change": jnp.sqrt(jnp.mean(jnp.square(change), 0)) + 1e-6,
-        }
-        return {**params, "statistics": {**params["statistics"], "proprio": found}}
-
     # Sequences
 
     def _conditions(self, params, camera, frames, done, action):
@@ -417,7 +320,7 @@ class UMMWorld:
         self, params: Params, observation: Observation
     ) -> Float[Array, "B m F"]:
         """ViT features of the view that rewards are read from."""
-        return self._features(params, self._pixels(observation.images[self.cameras[0]]))
+        return self._features(params, to_pixels(observation.images[self.cameras[0]]))
 
     def answer_segments(
         self, params: Params, features: Float[Array, "B m F"], observation: Observation
@@ -455,14 +358,14 @@ class UMMWorld:
 
     def _encode(self, params, images, with_features, key, moments=None):
         """Frames of all views, encoded in one batch; ViT features for the cameras named."""
-        pixels = {c: self._pixels(images[c]) for c in self.cameras}
+        pixels = {c: to_pixels(images[c]) for c in self.cameras}
         batch = len(pixels[self.cameras[0]])
 
         def stacked(views):
             return jnp.concatenate([views[c] for c in self.cameras])
 
-        pooled = stacked(moments) if moments else self.image_moments(params, stacked(images))
-        latents = self._latents(params, pooled, key)
+        pooled = stacked(moments) if moments else self.autoencoder.moments(params, stacked(images))
+        latents = self.autoencoder.latents(params, pooled, key)
         tokens = bagel.tokens_from_latents(jax.lax.stop_gradient(latents), self.config.latent_patch)
         features = []
         if with_features:
@@ -479,30 +382,14 @@ class UMMWorld:
         residual = self.config.prediction == "residual"
         if residual:
             tokens = current.tokens + params["statistics"]["residual_scale"][camera] * tokens
-        decoded = self._decode(params, tokens)
+        decoded = self.autoencoder.decode(params, tokens)
         pixels = current.pixels + decoded - current.decoded if residual else decoded
         frame = Frame(jnp.clip(pixels, -1.0, 1.0), tokens, None, decoded if residual else None)
         return self.seen(params, frame) if camera in self._featured else frame
 
-    def _decode(self, params, tokens):
-        side = self.config.latent_side
-        latents = bagel.latents_from_tokens(tokens, side, side, self.config.latent_patch)
-        return self.decode_latents(params, latents)
-
-    def _pixels(self, images):
-        return images.astype(jnp.float32) / 127.5 - 1.0
-
-    def _latents(self, params, moments, key):
-        """Normalised latents; a posterior sample where the model is BAGEL's, else the mean."""
-        config, stats = self.config, params["statistics"]
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        if config.prediction == "velocity" and key is not None:
-            mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        return (vae.scale_latents(config.vae, mean) - stats["latent_mean"]) / stats["latent_std"]
-
     def _features(self, params, pixels):
         config = self.config
-        features = navit.forward(params["vit"], config.vit, _resize(pixels, config.vit_image_size))
+        features = navit.forward(params["vit"], config.vit, resize(pixels, config.vit_image_size))
         return jax.lax.stop_gradient(features) if config.freeze_vit else features
 
     def _check(self, observation, actions=None):
@@ -526,17 +413,6 @@ class UMMWorld:
         chunk = (self.chunk, self.action_dim)
         if actions is not None and actions.shape[-2:] != chunk:
             raise ValueError(f"The action chunk is {actions.shape[-2:]}, expected {chunk}.")
-
-
-def to_uint8(pixels: Float[Array, "*B"]) -> UInt8[Array, "*B"]:
-    """Pixels in [-1, 1] as rounded bytes, clipped."""
-    return jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
-
-
-def _resize(images, size):
-    if images.shape[1:3] == (size, size):
-        return images
-    return jax.image.resize(images, (images.shape[0], size, size, 3), "cubic")
 
 
 def _flatten(first, *rest):

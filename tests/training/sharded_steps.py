@@ -32,6 +32,7 @@ from mbpo_jax.training.sharding import (
     start_processes,
 )
 from mbpo_jax.types import Demonstration, RewardExample, Transition
+from mbpo_jax.world_model.statistics import neutral_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
 from tests.policy.conftest import TINY, make_observation, stats
 from tests.toy import ToyPolicy, ToyWorld, observation
@@ -59,7 +60,7 @@ def models() -> tuple[FlowPolicy, dict, UMMWorld, dict]:
     policy = FlowPolicy(TINY, stats(ACTION_DIM), stats(4), CAMERAS)
     tokenizer = tiny_world.WordTokenizer()
     world = UMMWorld(tiny_world.TINY, CAMERAS, 16, ACTION_DIM, TINY.chunk, tokenizer)
-    statistics = jax.tree.map(np.asarray, world.neutral_statistics())
+    statistics = jax.tree.map(np.asarray, neutral_statistics(world.config, CAMERAS))
     return (
         policy,
         random_tree(policy.init),
@@ -100,7 +101,7 @@ def work() -> dict[str, tuple[LossFn, dict, dict, object, int]]:
     frozen = {k: v for k, v in world_params.items() if k in world.frozen}
 
     def vae_loss(vae, frozen, images, key):
-        return world.vae_loss(vae, images, key)
+        return world.autoencoder.loss(vae, images, key)
 
     return {
         "sft": (

@@ -11,8 +11,10 @@ import pytest
 from mbpo_jax.models.vae import VAEConfig
 from mbpo_jax.types import RewardExample, Transition
 from mbpo_jax.world_model import bagel, metrics
+from mbpo_jax.world_model.autoencoder import to_uint8
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig, variant
-from mbpo_jax.world_model.umm_world import UMMWorld, to_uint8
+from mbpo_jax.world_model.statistics import latent_statistics, proprio_statistics
+from mbpo_jax.world_model.umm_world import UMMWorld
 
 from .conftest import (
     CAMERAS,
@@ -117,7 +119,7 @@ def test_a_step_goes_on_from_its_own_latents(world, params):
         first, then, frame = (state.memory[camera] for state in (start, following, last))
         assert np.abs(then.tokens - first.tokens).max() > 0.01
         assert np.abs(frame.tokens - then.tokens).max() > 0.01
-        decoded = [world._decode(params, x.tokens) for x in (first, frame)]
+        decoded = [world.autoencoder.decode(params, x.tokens) for x in (first, frame)]
         expected = first.pixels + decoded[1] - decoded[0]
         np.testing.assert_allclose(frame.pixels, expected, atol=1e-5)
         np.testing.assert_array_equal(last.observation.images[camera], to_uint8(frame.pixels))
@@ -185,9 +187,10 @@ def test_text_actions_velocity_and_guidance():
 def test_statistics_whiten_latents_and_residuals(world, params):
     transition = make_transition(batch=(16,))
     images, following = transition.observation.images, transition.next_images
-    params = world.set_latent_statistics(params, transition)
-    now = {c: world.encode_images(params, images[c]) for c in CAMERAS}
-    later = {c: world.encode_images(params, following[c]) for c in CAMERAS}
+    found = latent_statistics(world.autoencoder, CAMERAS, params, transition)
+    params = {**params, "statistics": found}
+    now = {c: world.autoencoder.encode(params, images[c]) for c in CAMERAS}
+    later = {c: world.autoencoder.encode(params, following[c]) for c in CAMERAS}
     pooled = np.concatenate([now[c] for c in CAMERAS])
     np.testing.assert_allclose(pooled.mean((0, 1, 2)), 0.0, atol=1e-4)
     np.testing.assert_allclose(pooled.std((0, 1, 2)), 1.0, atol=1e-3)
@@ -243,8 +246,10 @@ def test_it_learns_a_moving_square():
     data = moving_squares(rng, 512)
     frames = np.concatenate([*data.observation.images.values()])
     picks = (frames[rng.integers(len(frames), size=32)] for _ in range(200))
-    params["vae"] = train(lambda p, x, k: world.vae_loss(p, x, k)[0], params["vae"], picks, 1e-2)
-    params = world.set_proprio_statistics(world.set_latent_statistics(params, data), data)
+    autoencoder = world.autoencoder
+    params["vae"] = train(lambda p, x, k: autoencoder.loss(p, x, k)[0], params["vae"], picks, 1e-2)
+    latents = latent_statistics(autoencoder, CAMERAS, params, data)
+    params["statistics"] = latents | proprio_statistics(world.config, data)
 
     frozen = {k: params[k] for k in world.frozen}
     trained = {k: v for k, v in params.items() if k not in world.frozen}
@@ -356,8 +361,8 @@ def test_autoencoder_loss_counts_lpips_where_it_is_installed():
     )
     vae = world.init(jax.random.key(0))["vae"]
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
-    loss, parts = world.vae_loss(vae, images, KEY)
-    plain, fewer = without.vae_loss(vae, images, KEY)
+    loss, parts = world.autoencoder.loss(vae, images, KEY)
+    plain, fewer = without.autoencoder.loss(vae, images, KEY)
     np.testing.assert_allclose(loss - plain, 0.5 * parts["vae/lpips"], rtol=1e-4)
     assert parts["vae/lpips"] > 0.01
     assert "vae/lpips" not in fewer
@@ -366,7 +371,7 @@ def test_autoencoder_loss_counts_lpips_where_it_is_installed():
 def test_moments_computed_before_give_the_same_loss(world, params):
     transition = make_transition()
     images = (transition.observation.images, transition.next_images)
-    moments = tuple({c: world.image_moments(params, x) for c, x in v.items()} for v in images)
+    moments = tuple({c: world.autoencoder.moments(params, x) for c, x in v.items()} for v in images)
     loss = jax.jit(lambda m: world.dynamics_loss(params, transition, KEY, m)[0])
     np.testing.assert_allclose(loss(moments), loss(None), rtol=1e-5)
     assert abs(loss(moments[::-1]) - loss(None)) > 1e-3  # they are used
