@@ -136,7 +136,13 @@ class Policy(Protocol):
 class WorldModel(Protocol):
     """Imagination, chunk by chunk. All functions are pure."""
 
-    def encode(self, params: Params, observation: Observation, key: Array) -> WorldState:
+    def precompute(self, params: Params, observation: Observation, key: Array) -> Any:
+        """The part of `encode` that is worth keeping for observations that imagination starts from
+        more than once: a pytree with leading axes [*B], or None."""
+
+    def encode(
+        self, params: Params, observation: Observation, key: Array, precomputed: Any = None
+    ) -> WorldState:
         """Where imagination starts: what steps need of a real observation, computed once."""
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:

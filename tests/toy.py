@@ -28,7 +28,10 @@ def observation(position) -> Observation:
 class ToyWorld:
     """Implements WorldModel without parameters."""
 
-    def encode(self, params, observation, key):
+    def precompute(self, params, observation, key):
+        return None
+
+    def encode(self, params, observation, key, precomputed=None):
         return WorldState(observation)
 
     def step(self, params, state, actions, key):

@@ -293,7 +293,10 @@ class _Steps:
         at_rest, in_use = (jax.tree.map(_with_sharding, weights, where) for where in placement)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         refill, revalue, update = programs(config, self.policy, self.world, ppo, mesh, shardings)
-        start = self._batch(self.seen, branches)
+        one = self._abstract(jax.tree.map(lambda x: x[None], self.seen))
+        precomputed = jax.eval_shape(self.world.precompute, weights, one, self.key)
+        precomputed = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), precomputed)
+        start = self._batch((self.seen, precomputed), branches)
         refill_step = Step(
             f"imagination of {branches} branches",
             "improve",

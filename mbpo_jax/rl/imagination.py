@@ -1,6 +1,7 @@
 """The branched rollout: policy and world model in one `lax.scan`, with no host round trip."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ def imagine(
     world_params: Params,
     start: Observation,
     keys: Array,
+    precomputed: Any = None,
     *,
     chunks: int,
     reward_threshold: float,
@@ -39,6 +41,7 @@ def imagine(
     Args:
         start: observations of M start states (leading axis [M]).
         keys: random keys [M], one for each branch (see `branch_keys`).
+        precomputed: what `WorldModel.precompute` gave for the start states, if it was called.
         chunks: n, the branch length; for full-horizon imagination the episode's.
         reward_threshold: the reward is 1 where the decoded probability is above this.
         reward_weight: what a reward at a chunk's last step counts (`chunk_discount`).
@@ -47,7 +50,7 @@ def imagine(
         a `Branch` with leading axes [n, M].
     """
 
-    def branch(start, key):
+    def branch(start, key, precomputed):
         def chunk_step(carry, chunk_key):
             state, alive = carry
             observation = state.observation
@@ -70,7 +73,9 @@ def imagine(
             return (following, alive * (1.0 - done)), record
 
         start_key, *chunk_keys = jax.random.split(key, 1 + chunks)
-        state = world.encode(world_params, _batch_of_one(start), start_key)
+        state = world.encode(
+            world_params, _batch_of_one(start), start_key, _batch_of_one(precomputed)
+        )
         alive = jnp.ones(1, jnp.float32)
         (state, _), records = jax.lax.scan(chunk_step, (state, alive), jnp.stack(chunk_keys))
         last = state.observation
@@ -78,7 +83,7 @@ def imagine(
         records = jax.tree.map(lambda x: x[:, 0], records)
         return records, jax.tree.map(lambda x: x[0], (last, bootstrap))
 
-    records, (last, bootstrap) = jax.vmap(branch, out_axes=(1, 0))(start, keys)
+    records, (last, bootstrap) = jax.vmap(branch, out_axes=(1, 0))(start, keys, precomputed)
     return Branch(**records, last_observation=last, bootstrap_value=bootstrap)
 
 
@@ -87,19 +92,15 @@ def branch_keys(key: Array, rows: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
-def imagine_in_microbatches(
-    imagine_fn: Callable[[Observation, Array], Branch],
-    start: Observation,
-    keys: Array,
-    slices: int,
-) -> Branch:
-    """Runs `imagine_fn(start, keys)` over `slices` parts of the M start states, one after the
-    other, so that memory does not grow with M. The result is that of one call.
+def imagine_in_microbatches(imagine_fn: Callable[..., Branch], *rows: Any, slices: int) -> Branch:
+    """Runs `imagine_fn(*rows)`, whose arguments have leading axes [M], over `slices` parts of the M
+    start states, one after the other, so that memory does not grow with M. The result is that of
+    one call.
 
     Raises:
         ValueError: when M is not a multiple of `slices`.
     """
-    branches = jax.lax.map(lambda xs: imagine_fn(*xs), split_rows((start, keys), slices))
+    branches = jax.lax.map(lambda part: imagine_fn(*part), split_rows(rows, slices))
     last = join_rows((branches.last_observation, branches.bootstrap_value))
     per_chunk = branches.replace(last_observation=None, bootstrap_value=None)
     per_chunk = jax.vmap(join_rows, in_axes=1)(per_chunk)
@@ -122,5 +123,5 @@ def recompute_values(policy: Policy, params: Params, branch: Branch, slices: int
     )
 
 
-def _batch_of_one(observation: Observation) -> Observation:
-    return jax.tree.map(lambda x: x[None], observation)
+def _batch_of_one(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], tree)

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mbpo_jax.data.normalization import read_norm_stats
-from mbpo_jax.data.pipelines import Source, batches, branch_starts, process_rows
+from mbpo_jax.data.pipelines import Source, batches, branch_starts, collate, process_rows
 from mbpo_jax.rl.gae import chunk_discount, learning_batch, with_advantages
 from mbpo_jax.rl.imagination import (
     ROW_AXES,
@@ -138,6 +139,7 @@ def optimize_policy(
     world_params = jax.device_put(world_params, at_rest)
     refill, revalue, update = programs(config, policy, world, ppo, mesh, shardings)
     key = jax.random.key(config.seed + 4)
+    starts = _precomputed(config, world, world_params, starts, mesh)
 
     def starts_at(i: int):
         drawn = batches(
@@ -201,6 +203,37 @@ def optimize_policy(
     return state.params
 
 
+def _precomputed(
+    config: Config, world: WorldModel, world_params: Params, starts: Source, mesh: Mesh
+) -> Source:
+    """Records (observation, what the world model precomputes of it): branches start from each
+    observation several times, and the world model stays as it is."""
+    _, in_use = frozen_weight_sharding(
+        world_params, mesh, config.parallel.rules, config.parallel.world_model
+    )
+
+    def precompute(world_params, observation, key):
+        return world.precompute(jax.device_put(world_params, in_use), observation, key)
+
+    # Every process needs what belongs to any record.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    precompute = jax.jit(on_mesh(precompute, mesh), out_shardings=everywhere)
+    size = config.rl.imagination_batch
+    # One shape, hence one compilation: the last batch is filled up with earlier records.
+    parts = np.resize(np.arange(len(starts)), (-(-len(starts) // size), size))
+    found = []
+    for i, rows in enumerate(tqdm(parts, desc="encoding start states")):
+        batch = collate([starts[row] for row in rows[process_rows(size)]])
+        key = jax.random.fold_in(jax.random.key(config.seed + 6), i)
+        found.append(jax.device_get(precompute(world_params, shard_batch(batch, mesh), key)))
+    everything = jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+    def record(row):
+        return starts[row], jax.tree.map(lambda x: x[row], everything)
+
+    return Source(record, np.arange(len(starts))[:, None])
+
+
 def make_ppo(config: Config, policy: Policy, trainable: Params | None = None) -> PPO:
     """The updates that `config.rl` describes; `trainable` as in `PPO`."""
     rl = config.rl
@@ -228,9 +261,9 @@ def programs(
         shardings: of the state that `update` takes (and whose buffers it reuses).
 
     Returns:
-        refill: `(params, world_params, start, key) -> Branch`. revalue: `(params, Branch) ->
-            Branch`, with the current critic's values. update: `(PPOState, Branch, key) ->
-            (PPOState, metrics)`.
+        refill: `(params, world_params, (start, precomputed), key) -> Branch`. revalue: `(params,
+            Branch) -> Branch`, with the current critic's values. update: `(PPOState, Branch, key)
+            -> (PPOState, metrics)`.
 
     Raises:
         ValueError: sizes of the `rl` section that do not divide each other or the devices.
@@ -248,7 +281,7 @@ def programs(
         return with_advantages(branch, discount, rl.gae_lambda)
 
     def imagine_rows(params, world_params, start, rows, key):
-        def branch_from(start, keys):
+        def branch_from(start, keys, precomputed):
             return imagine(
                 policy,
                 world,
@@ -256,13 +289,16 @@ def programs(
                 world_params,
                 start,
                 keys,
+                precomputed,
                 chunks=rl.branch_chunks,
                 reward_threshold=rl.reward_threshold,
                 reward_weight=reward_weight,
             )
 
         keys = branch_keys(key, rows)
-        return advantages(imagine_in_microbatches(branch_from, start, keys, slices))
+        start, precomputed = start
+        branch = imagine_in_microbatches(branch_from, start, keys, precomputed, slices=slices)
+        return advantages(branch)
 
     def revalue_rows(params, branch):
         return advantages(recompute_values(policy, params, branch, slices))

@@ -1,5 +1,7 @@
 """Imagining a chunk in several shorter predictions, as video models do frame by frame."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -14,8 +16,13 @@ class FrameByFrame:
     def __init__(self, world: WorldModel, predictions: int):
         self.world, self.predictions = world, predictions
 
-    def encode(self, params: Params, observation: Observation, key: Array) -> WorldState:
-        return self.world.encode(params, observation, key)
+    def precompute(self, params: Params, observation: Observation, key: Array) -> Any:
+        return self.world.precompute(params, observation, key)
+
+    def encode(
+        self, params: Params, observation: Observation, key: Array, precomputed: Any = None
+    ) -> WorldState:
+        return self.world.encode(params, observation, key, precomputed)
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
         """As `WorldModel.step`; the chunk's length must be a multiple of `predictions`."""

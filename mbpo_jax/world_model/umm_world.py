@@ -7,6 +7,7 @@ own current frame and the views already generated for t+k, without the actions.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,22 +110,47 @@ class UMMWorld:
 
     # Imagination
 
-    def encode(self, params: Params, observation: Observation, key: Array) -> WorldState:
-        """The state that imagination starts from; its memory is a `Frame` of each view.
-
-        A step gives its frames on to the next one: latents go through the autoencoder's encoder
-        here and never again.
+    def precompute(
+        self, params: Params, observation: Observation, key: Array
+    ) -> dict[str, tuple[Array, Array | None]]:
+        """Per view what the autoencoder makes of it: clean latent tokens [*B, n, v], and their
+        picture [*B, H, W, 3] where residuals are added to it (else None).
 
         Raises:
             ValueError: a view is missing, or an image has another shape.
         """
         self._check(observation)
         batch, (observation,) = _flatten(observation)
-        frames = self._encode(params, observation.images, self._featured, key)
+        tokens = self._tokens(params, observation.images, key)
+        decoded = dict.fromkeys(self.cameras)
         if self.config.prediction == "residual":
-            tokens = jnp.concatenate([frames[c].tokens for c in self.cameras])
-            decoded = jnp.split(self.autoencoder.decode(params, tokens), len(self.cameras))
-            frames = {c: frames[c].replace(decoded=d) for c, d in zip(self.cameras, decoded)}
+            stacked = jnp.concatenate([tokens[c] for c in self.cameras])
+            parts = jnp.split(self.autoencoder.decode(params, stacked), len(self.cameras))
+            decoded = dict(zip(self.cameras, parts))
+        found = {c: (tokens[c], decoded[c]) for c in self.cameras}
+        return jax.tree.map(lambda x: _restore(x, batch), found)
+
+    def encode(
+        self, params: Params, observation: Observation, key: Array, precomputed: Any = None
+    ) -> WorldState:
+        """The state that imagination starts from; its memory is a `Frame` of each view.
+
+        A step gives its frames on to the next one: latents go through the autoencoder's encoder
+        here and never again.
+
+        Args:
+            precomputed: what `precompute` gave for this observation, where it was called before.
+
+        Raises:
+            ValueError: a view is missing, or an image has another shape.
+        """
+        self._check(observation)
+        if precomputed is None:
+            precomputed = self.precompute(params, observation, key)
+        batch, (observation, known) = _flatten(observation, precomputed)
+        tokens = {c: known[c][0] for c in self.cameras}
+        frames = self._frames(params, observation.images, tokens, self._featured)
+        frames = {c: frames[c].replace(decoded=known[c][1]) for c in self.cameras}
         return jax.tree.map(lambda x: _restore(x, batch), WorldState(observation, frames))
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
@@ -217,8 +243,11 @@ class UMMWorld:
         observation = transition.observation
         now, later = moments or (None, None)
         keys = jax.random.split(key, 2 + len(self.cameras))
-        frames = self._encode(params, observation.images, self.cameras, keys[0], now)
-        following = self._encode(params, transition.next_images, self.cameras[:-1], keys[1], later)
+        images, next_images = observation.images, transition.next_images
+        tokens = self._tokens(params, images, keys[0], now)
+        next_tokens = self._tokens(params, next_images, keys[1], later)
+        frames = self._frames(params, images, tokens, self.cameras)
+        following = self._frames(params, next_images, next_tokens, self.cameras[:-1])
         prompt, action = self._prompt(params, observation), self._action(params, transition.actions)
 
         metrics, done = {}, {}
@@ -356,26 +385,26 @@ class UMMWorld:
             return frame
         return frame.replace(features=self._features(params, frame.pixels))
 
-    def _encode(self, params, images, with_features, key, moments=None):
-        """Frames of all views, encoded in one batch; ViT features for the cameras named."""
-        pixels = {c: to_pixels(images[c]) for c in self.cameras}
-        batch = len(pixels[self.cameras[0]])
+    def _tokens(self, params, images, key, moments=None):
+        """Clean latent tokens of all views, encoded in one batch."""
 
         def stacked(views):
             return jnp.concatenate([views[c] for c in self.cameras])
 
         pooled = stacked(moments) if moments else self.autoencoder.moments(params, stacked(images))
-        latents = self.autoencoder.latents(params, pooled, key)
-        tokens = bagel.tokens_from_latents(jax.lax.stop_gradient(latents), self.config.latent_patch)
-        features = []
+        latents = jax.lax.stop_gradient(self.autoencoder.latents(params, pooled, key))
+        tokens = bagel.tokens_from_latents(latents, self.config.latent_patch)
+        return dict(zip(self.cameras, jnp.split(tokens, len(self.cameras))))
+
+    def _frames(self, params, images, tokens, with_features):
+        """Frames of all views, with ViT features, computed in one batch, for the cameras named."""
+        pixels = {c: to_pixels(images[c]) for c in self.cameras}
+        features = dict.fromkeys(self.cameras)
         if with_features:
-            features = self._features(params, jnp.concatenate([pixels[c] for c in with_features]))
-            features = jnp.split(features, len(with_features))
-        features = dict(zip(with_features, features))
-        return {
-            c: Frame(pixels[c], tokens[i * batch : (i + 1) * batch], features.get(c))
-            for i, c in enumerate(self.cameras)
-        }
+            stacked = jnp.concatenate([pixels[c] for c in with_features])
+            parts = jnp.split(self._features(params, stacked), len(with_features))
+            features |= dict(zip(with_features, parts))
+        return {c: Frame(pixels[c], tokens[c], features[c]) for c in self.cameras}
 
     def _finish(self, params, camera, current, tokens):
         """The generated frame of a view, from the sampler's final tokens."""

@@ -111,7 +111,7 @@ def working_memory(branches, micro_batch, chunks=2):
         )
 
     def program(start, keys):
-        return imagine_in_microbatches(rollout, start, keys, branches // micro_batch)
+        return imagine_in_microbatches(rollout, start, keys, slices=branches // micro_batch)
 
     start = observation(np.zeros(branches))
     compiled = jax.jit(program).lower(start, keys(0, branches)).compile()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mbpo_jax.data.pipelines import Source
+from mbpo_jax.stages import improve_policy
 from mbpo_jax.stages.improve_policy import optimize_policy
 from mbpo_jax.training.interruption import Interrupted
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
@@ -71,6 +72,39 @@ def optimize(directory, record=start_at, **changes):
         starts(record),
         directory=directory,
     )
+
+
+class RememberingWorld(ToyWorld):
+    """Branches start at 0 where what was precomputed belongs to their observation."""
+
+    def precompute(self, params, observation, key):
+        return {"square": observation.proprio**2}
+
+    def encode(self, params, observation, key, precomputed=None):
+        position = precomputed["square"] - observation.proprio**2
+        return super().encode(params, observation.replace(proprio=position), key)
+
+
+def test_branches_start_from_what_was_precomputed_of_their_own_start(tmp_path, monkeypatch):
+    branches = []
+    monkeypatch.setattr(
+        improve_policy, "_branch_metrics", lambda branch: branches.append(branch) or {}
+    )
+    # 13 starts and 8 at a time: the last 3 rows of the second batch are filled up.
+    source = Source(start_at, [(i, 0) for i in range(13)])
+    changes = {"updates": 4, "updates_per_refill": 1, "critic_warmup": 0}
+    optimize_policy(
+        config(**changes),
+        ToyPolicy(),
+        RememberingWorld(),
+        ToyPolicy().init(),
+        {},
+        source,
+        directory=tmp_path,
+    )
+    positions = np.stack([b.observation.proprio[0] for b in branches])
+    assert positions.shape == (4, 16, 1)
+    np.testing.assert_allclose(positions, 0.0, atol=1e-6)
 
 
 @pytest.mark.trains

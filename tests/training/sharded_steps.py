@@ -156,7 +156,8 @@ def network_steps(mesh: str, trainings=TRAININGS, world_model="replicated") -> d
     at_rest = frozen_weight_sharding(world_params, placed, RULES, world_model)[0]
     world_params = jax.device_put(world_params, at_rest)
     refill, _, update = programs(settings, policy, world, ppo, placed, shardings)
-    branch = refill(state.params, world_params, shard_batch(seen(0), placed), key)
+    start = seen(0), world.precompute(world_params, seen(0), key)
+    branch = refill(state.params, world_params, shard_batch(start, placed), key)
     state, metrics = update(state, branch, key)
     results["ppo"] = {"metrics": metrics, "gradient": change(params, state.params)}
     results["branch"] = branch

@@ -12,7 +12,7 @@ from .conftest import CAMERAS, make_transition
 class CopyWorld:
     """Imagines that nothing happens."""
 
-    def encode(self, params, observation, key):
+    def encode(self, params, observation, key, precomputed=None):
         return WorldState(observation)
 
     def step(self, params, state, actions, key):

@@ -130,6 +130,20 @@ def test_a_step_goes_on_from_its_own_latents(world, params):
     assert error < 0.05 * np.abs(head - old).max()
 
 
+@pytest.mark.parametrize("prediction", ["velocity", "residual"])
+def test_what_is_precomputed_is_what_encode_starts_from(prediction):
+    world = make_world(prediction=prediction)
+    params, observation, other = world.init(KEY), make_observation(), make_observation(7)
+    precompute, encode = jax.jit(world.precompute), jax.jit(world.encode)
+    known = precompute(params, observation, KEY)
+    expected = encode(params, observation, KEY).memory
+    # A key is no longer needed.
+    found = encode(params, observation, jax.random.key(9), known).memory
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    another = encode(params, observation, KEY, precompute(params, other, KEY)).memory
+    assert np.abs(another["wrist"].tokens - expected["wrist"].tokens).max() > 0.1
+
+
 def test_padding_of_the_prompt_changes_nothing(params, step, reward):
     observation = make_observation()
     prompt = observation.world_prompt
@@ -407,8 +421,9 @@ def test_targets_per_example_do_not_see_each_other(params):
     @jax.jit
     def alone(params):
         observation = transition.observation
-        frames = world._encode(params, observation.images, CAMERAS, keys[0])
-        target = world._encode(params, transition.next_images, (), keys[1])["head"].tokens
+        tokens = world._tokens(params, observation.images, keys[0])
+        frames = world._frames(params, observation.images, tokens, CAMERAS)
+        target = world._tokens(params, transition.next_images, keys[1])["head"]
         action = world._action(params, transition.actions)
         conditions = world._conditions(params, "head", frames, {}, action)
         context = [world._prompt(params, observation), *conditions]
