@@ -29,10 +29,11 @@ class ToyWorld:
     """Implements WorldModel without parameters."""
 
     def precompute(self, params, observation, key):
-        return None
+        return observation.proprio
 
     def encode(self, params, observation, key, precomputed=None):
-        return WorldState(observation)
+        position = observation.proprio if precomputed is None else precomputed
+        return WorldState(observation.replace(proprio=position))
 
     def step(self, params, state, actions, key):
         now = state.observation

@@ -129,6 +129,7 @@ def optimize_policy(
         FloatingPointError: three updates in a row were not finite; see `NonFiniteGuard`.
         Interrupted: SIGTERM came; the state is saved.
         OSError: a checkpoint cannot be written; earlier ones are kept.
+        StageError: there are no start states.
     """
     rl = config.rl
     mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
@@ -208,6 +209,11 @@ def _precomputed(
 ) -> Source:
     """Records (observation, what the world model precomputes of it): branches start from each
     observation several times, and the world model stays as it is."""
+    if not len(starts):
+        raise StageError(
+            "no frame of the training episodes is a state to start branches from: collect more "
+            "(--config.rollouts.episodes_per_task)"
+        )
     _, in_use = frozen_weight_sharding(
         world_params, mesh, config.parallel.rules, config.parallel.world_model
     )

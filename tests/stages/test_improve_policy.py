@@ -8,6 +8,7 @@ import pytest
 from mbpo_jax.data.pipelines import Source
 from mbpo_jax.stages import improve_policy
 from mbpo_jax.stages.improve_policy import optimize_policy
+from mbpo_jax.stages.workspace import StageError
 from mbpo_jax.training.interruption import Interrupted
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
 from tests.toy import ToyPolicy, ToyWorld, observation
@@ -78,11 +79,11 @@ class RememberingWorld(ToyWorld):
     """Branches start at 0 where what was precomputed belongs to their observation."""
 
     def precompute(self, params, observation, key):
-        return {"square": observation.proprio**2}
+        return observation.proprio**2
 
     def encode(self, params, observation, key, precomputed=None):
-        position = precomputed["square"] - observation.proprio**2
-        return super().encode(params, observation.replace(proprio=position), key)
+        position = precomputed - observation.proprio**2
+        return super().encode(params, observation, key, position)
 
 
 def test_branches_start_from_what_was_precomputed_of_their_own_start(tmp_path, monkeypatch):
@@ -172,3 +173,16 @@ def test_three_updates_in_a_row_that_are_not_finite_end_the_run(tmp_path):
         optimize(tmp_path, huber_delta=np.nan)
     with np.load(tmp_path / "nonfinite_batch_step2.npz") as file:
         assert "value" in file.files
+
+
+def test_no_start_states(tmp_path):
+    with pytest.raises(StageError, match="no frame of the training episodes is a state to start"):
+        optimize_policy(
+            config(),
+            ToyPolicy(),
+            ToyWorld(),
+            ToyPolicy().init(),
+            {},
+            Source(start_at, np.zeros((0, 2))),
+            directory=tmp_path,
+        )
