@@ -17,6 +17,7 @@ class FrameByFrame:
         self.world, self.predictions = world, predictions
 
     def precompute(self, params: Params, observation: Observation, key: Array) -> Any:
+        """As `WorldModel.precompute`."""
         return self.world.precompute(params, observation, key)
 
     def encode(

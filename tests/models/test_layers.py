@@ -1,3 +1,5 @@
+"""The softmax over parts: by hand, and beside that of one array with its gradient."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
