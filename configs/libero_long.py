@@ -71,6 +71,9 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.seed = 0
     c.workers = 16  # simulator processes, 2.5 GB each
     c.loggers = ("tensorboard",)  # also "wandb" and "trackio", where they are installed
+    # Of float32 products, as JAX names it: "" for its default. BF16_BF16_F32 multiplies in bfloat16
+    # and sums in float32, on GPUs and (in linear maps) on CPUs, some of which have units for it.
+    c.matmul_precision = ""
     c.worker_backend = "local"  # or "ray": on the hosts of the cluster that ray.init() finds
 
     c.parallel = ml_collections.ConfigDict()
@@ -122,6 +125,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
 
     c.rollouts = ml_collections.ConfigDict()
     c.rollouts.episodes_per_task = 50
+    c.rollouts.render_every = 5  # steps between stored frames; divides chunk
 
     c.world_model = ml_collections.ConfigDict()
     c.world_model.model = ml_collections.ConfigDict(
@@ -139,17 +143,21 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.world_model.vae_training.batch_size = 64
     c.world_model.training = _training(steps=5000, learning_rate=2e-5)
 
+    c.value = ml_collections.ConfigDict()
+    c.value.steps = 0  # of fitting the critic to recorded returns before the first update
+
     c.rl = ml_collections.ConfigDict()
     c.rl.branch_chunks = 2  # n
     c.rl.start_states_from = "dataset"  # or "episode_start", for full-horizon imagination
-    c.rl.start_states = 1280 if suite == "libero_10" else 512  # M per refill
+    c.rl.start_states = 1280 if suite == "libero_10" else 512  # M branches per refill
+    c.rl.group_size = 1  # branches from one start state, compared with each other (leave-one-out)
     c.rl.imagination_batch = 64  # start states imagined at a time
     c.rl.flow = ml_collections.ConfigDict(flow)
     c.rl.discount = 0.99  # γ
     c.rl.discount_per = "paper"  # γ per step (γ^k per chunk), or "reference": γ per chunk
     c.rl.gae_lambda = 0.95
     c.rl.normalize_advantages = True
-    c.rl.reward_threshold = 0.5  # probability of "Yes" from which the task counts as done
+    c.rl.reward_threshold = 0.5  # P(Yes) from which a task is done; 0: it is the reward
     c.rl.updates = 301
     c.rl.updates_per_refill = 50 if suite == "libero_10" else 20
     c.rl.value_recompute_every = 10
@@ -164,6 +172,8 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl.clip_ratio = 0.1
     c.rl.value_clip = 0.5
     c.rl.huber_delta = 10.0
+    c.rl.anchor_weight = 0.0  # of the flow-matching loss on demonstrations, in every update
+    c.rl.anchor_batch = 32  # demonstrations in it
 
     c.fidelity = ml_collections.ConfigDict()
     # Models that lack a part, trained and measured beside the world model; there are also
@@ -173,7 +183,12 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
 
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.episodes_per_task = 50  # of the 50 shipped init states
+    c.evaluation.resets_per_task = 0  # further episodes, from random resets that nothing else uses
+    c.evaluation.best_of = 1  # above 1: the improved policy also acts on the best of so many chunks
     c.evaluation.video_size = 256
+
+    c.selection = ml_collections.ConfigDict()
+    c.selection.resets_per_task = 200
     return c
 
 
@@ -182,6 +197,7 @@ def _training(*, steps: int, learning_rate: float) -> ml_collections.ConfigDict:
     t.steps = steps
     t.gradient_accumulation = 1
     t.learning_rate = learning_rate
+    t.matrix_learning_rate = 0.0  # above 0: Muon moves the matrices of layers, at this rate
     t.warmup_steps = 100
     t.weight_decay = 1e-4
     t.grad_clip = 1.0
@@ -206,6 +222,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.image_size = 64
     c.workers = 2
     c.max_steps = 160  # the scripted expert needs about 80
+    c.matmul_precision = "BF16_BF16_F32"
     c.parallel.fsdp = 1
     c.demonstrations.episodes_per_task = 64
 
@@ -218,20 +235,25 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
 
     w = c.world_model
     w.max_prompt_tokens = 16
-    w.dynamics_batch_size = 16
+    w.dynamics_batch_size = 32
     w.reward_batch_size = 16
     w.reward_weight = 0.1
-    w.vae_training.steps = 1200
-    w.vae_training.learning_rate = 4e-3
-    w.vae_training.batch_size = 8
-    w.training.steps = 800
-    w.training.learning_rate = 1e-3
-    w.training.warmup_steps = 50
+    w.training.steps = 1200
+    w.training.learning_rate = 1.5e-3
+    w.training.matrix_learning_rate = 0.02
+    w.training.weight_decay = 0.05
+    w.training.ema_decay = 0.995
     w.training.checkpoint_every = 200
 
     # A network this small is imagined cheaply and moves slowly: fresh branches, all of them in
     # every update, and larger steps than the paper's 3.3 B parameters take.
-    c.rl.start_states = 256
+    c.evaluation.best_of = 16
+    c.value.steps = 2000
+    c.rl.flow.method = "matching"
+    c.rl.flow.steps = 5
+    c.rl.group_size = 16
+    c.rl.reward_threshold = 0.0
+    c.rl.start_states = 512
     c.rl.gradient_accumulation = 1
     c.rl.imagination_batch = 32
     c.rl.updates = 72
@@ -244,6 +266,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
 
 
 def _make_tiny(c: ml_collections.ConfigDict) -> None:
+    c.matmul_precision = ""
     c.max_steps = 150
     for part in ("vision", "language", "expert"):
         c.policy[part].depth = 1
@@ -261,9 +284,12 @@ def _make_tiny(c: ml_collections.ConfigDict) -> None:
     w.training.update({"steps": 2, "log_every": 1})
 
     c.rl.update({"start_states": 4, "imagination_batch": 2, "minibatch_size": 4})
+    c.rl.update({"group_size": 2})
+    c.value.steps = 10
     c.rl.update({"updates": 4, "updates_per_refill": 2, "value_recompute_every": 1})
     c.rl.update({"critic_warmup": 1, "checkpoint_every": 2})
-    c.evaluation.update({"episodes_per_task": 2, "video_size": 64})
+    c.evaluation.update({"episodes_per_task": 2, "video_size": 64, "best_of": 2})
+    c.selection.resets_per_task = 2
 
 
 def _make_small(c: ml_collections.ConfigDict) -> None:

@@ -17,10 +17,12 @@ from mbpo_jax.stages.evaluate import evaluate
 from mbpo_jax.stages.fidelity import study_fidelity
 from mbpo_jax.stages.finetune_policy import finetune_policy
 from mbpo_jax.stages.finetune_world_model import finetune_world_model
+from mbpo_jax.stages.fit_value import fit_value
 from mbpo_jax.stages.imagined_success import imagine_held_out
 from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.recorded import take_demonstrations, take_rollouts
 from mbpo_jax.stages.report import write_report
+from mbpo_jax.stages.select_chunks import select_chunks
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.interruption import Interrupted, interruptible
 from mbpo_jax.training.metrics import check_loggers
@@ -60,7 +62,11 @@ STAGES = {
     "rollouts": Stage(collect_rollouts, ("rollouts",), "sft"),
     "world_model": Stage(finetune_world_model, ("world_model",), "rollouts"),
     "fidelity": Stage(study_fidelity, ("fidelity",), "world_model", on_request=True),
-    "improve": Stage(improve_policy, ("rl",), "world_model", shared=True),
+    "value": Stage(fit_value, ("value", "rl.discount", "rl.discount_per"), "world_model"),
+    "selection": Stage(
+        select_chunks, ("selection", "evaluation.best_of"), "value", on_request=True
+    ),
+    "improve": Stage(improve_policy, ("rl",), "value", shared=True),
     "evaluate": Stage(evaluate, ("evaluation",), "improve"),
 }
 
@@ -73,6 +79,7 @@ ROBOT_STAGES = {
     "sft": STAGES["sft"],
     "rollouts": Stage(take_rollouts, ("rollouts",), "sft"),
     "world_model": STAGES["world_model"],
+    "value": STAGES["value"],
     "improve": STAGES["improve"],
     "imagine": Stage(imagine_held_out, (), "improve"),
 }
@@ -101,6 +108,8 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
                 + f" Stages: {', '.join([*available, 'report'])}"
             )
     check_loggers(config.loggers)
+    if config.matmul_precision:
+        jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     workspace = Workspace(workdir, config)
     always = [name for name, stage in available.items() if not stage.on_request]
     wanted = stages or [*always, "report"]

@@ -15,8 +15,8 @@ class EpisodeRequest:
     seed / init_state_id: a random reset, or a fixed initial state; exactly one is >= 0.
     max_steps: length after which the episode has failed.
     action_noise: levels of the jitter on the expert's actions; an episode draws one of them.
-    render_every: stride of the expert's frames in steps; divides the chunk, so that the frame a
-        chunk later is there too.
+    render_every: stride of the frames in steps; divides the chunk, so that the frame a chunk later
+        is there too. The chunk itself: a policy's frames are those that it sees.
     success_frames: last frames of a policy's success that are drawn; those before the very last are
         further positive examples for the reward.
     video_size: pixels of extra frames for a video, 0 for none.

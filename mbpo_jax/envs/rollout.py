@@ -67,7 +67,8 @@ def run_policy(
     """One episode of a policy, open loop inside a chunk.
 
     `act` maps a Query to a chunk of actions float [k, A] with k = env.chunk. Frames are at the
-    chunks' starts and at the end, and at the last `request.success_frames` steps of a success.
+    chunks' starts, at every `request.render_every` steps and at the end, and at the last
+    `request.success_frames` steps of a success.
     Raises ValueError for a chunk of another shape.
     """
     started = time.perf_counter()
@@ -93,7 +94,8 @@ def run_policy(
                 break
     length = env.num_steps
     first = length - request.success_frames + 1 if env.success else length
-    timesteps = np.union1d(list(drawn), np.arange(max(0, first), length + 1))
+    between = np.arange(0, length, request.render_every)
+    timesteps = np.union1d(np.union1d(list(drawn), between), np.arange(max(0, first), length + 1))
     sent = np.concatenate(planned)
     episode = recorder.episode(request, source, timesteps, sent, sent, drawn)
     video = recorder.video(request.video_size)

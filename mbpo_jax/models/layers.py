@@ -56,7 +56,9 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., fan_in] by kernel [fan_in, fan_out] -> [..., fan_out], in the dtype of `x`.
+    """x [..., fan_in] by kernel [fan_in, fan_out] -> [..., fan_out], in the dtype of `x`; products
+    of lower precision are summed in float32 (which is also what lets XLA's CPU backend use the
+    bfloat16 matrix units that recent processors have).
 
     Only reverse-mode differentiation is defined. Its kernel gradient is written as x^T g over
     merged leading axes: for the transposed product that JAX derives, XLA's CPU backend copies
@@ -67,8 +69,22 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _matmul(x, kernel):
-    flat = x.reshape(-1, x.shape[-1]) @ gathered(kernel)
+    flat = _product(x.reshape(-1, x.shape[-1]), gathered(kernel), ((1,), (0,)))
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _product(a, b, contract):
+    dtype = a.dtype
+    if _rounds_factors() and dtype == jnp.float32:
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    sums = jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return sums.astype(dtype)
+
+
+def _rounds_factors():
+    """Whether factors are bfloat16 by `jax.default_matmul_precision`, which XLA's CPU backend
+    itself does not heed."""
+    return str(jax.config.jax_default_matmul_precision).upper() == "BF16_BF16_F32"
 
 
 def _matmul_forward(x, kernel):
@@ -78,8 +94,8 @@ def _matmul_forward(x, kernel):
 def _matmul_backward(residuals, gradient):
     x, kernel = residuals
     rows, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    dx = (gradient @ gathered(kernel).T).reshape(x.shape)
-    return dx, jax.lax.dot_general(rows, gradient, (((0,), (0,)), ((), ())))
+    dx = _product(gradient, gathered(kernel), ((1,), (1,))).reshape(x.shape)
+    return dx, _product(rows, gradient, ((0,), (0,)))
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -11,8 +11,11 @@ from mbpo_jax.models.siglip import SiglipConfig
 class FlowConfig:
     """The flow as a distribution over chunks, used in policy optimisation."""
 
-    method: str = "sde"  # "sde": one random stochastic step; "noise": every step is Gaussian
+    # "sde": one random stochastic step; "noise": every step is Gaussian; "matching": deterministic
+    # steps, and the flow-matching loss of the whole chunk stands for its log-probability.
+    method: str = "sde"
     steps: int = 3  # denoising steps N
+    matching_pairs: int = 4  # "matching": (time, noise) pairs at which a chunk's loss is taken
     noise_level: float = 0.5  # a of Flow-SDE
     noise_std: float = 0.1  # standard deviation of a Flow-Noise step when it is not learned
     learned_noise: bool = False  # Flow-Noise: a small network gives the deviation
@@ -20,8 +23,12 @@ class FlowConfig:
     noise_widths: tuple[int, ...] = (128, 64)  # hidden layers of the noise network
 
     def __post_init__(self):
-        if self.method not in ("sde", "noise"):
-            raise ValueError(f'unknown flow.method {self.method!r}: use "sde" or "noise"')
+        if self.method not in ("sde", "noise", "matching"):
+            raise ValueError(
+                f'unknown flow.method {self.method!r}: use "sde", "noise" or "matching"'
+            )
+        if self.matching_pairs < 1:
+            raise ValueError(f"flow.matching_pairs is {self.matching_pairs}: use 1 or more")
         if self.steps < 2:
             raise ValueError(f"flow.steps is {self.steps}: at least 2 denoising steps are needed")
 

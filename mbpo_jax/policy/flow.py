@@ -4,7 +4,10 @@ The flow runs from noise at t = 1 to data at t = 0: x_t = t·ε + (1 − t)·a, 
 Integrating the velocity is deterministic and has no tractable density. Two stochastic samplers
 have one (πRL, arXiv 2510.25889): *Flow-SDE* replaces one Euler step, drawn at random for each
 chunk, by a Gaussian step with (in the limit of small steps) the same marginals; *Flow-Noise* adds
-Gaussian noise to every step and uses the joint density of the whole chain.
+Gaussian noise to every step and uses the joint density of the whole chain. *Matching* keeps the
+deterministic sampler, and the flow-matching loss of a chunk, at times and noises that are stored
+with it, stands for its negative log-probability (FPO, arXiv 2507.21053): so all that made a chunk
+what it is has a part in the gradient, its initial noise too, which the other two give no credit.
 
 A velocity function takes x [B, M, k, D] and times, M states of each example at M times, and gives
 the velocity [B, M, k, D] and the features behind it [B, M, k, W]. Times come as `at(t)`, t being
@@ -46,6 +49,16 @@ class NoiseChain:
     """Every state of a Flow-Noise chunk, [B, N + 1, k, D], from pure noise to the actions."""
 
     states: jax.Array
+
+
+@struct.dataclass
+class MatchingChain:
+    """A chunk [B, k, D] and the pairs of times [B, M] and noises [B, M, k, D] at which its
+    flow-matching loss is taken."""
+
+    actions: jax.Array
+    times: jax.Array
+    noise: jax.Array
 
 
 def sample_times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -241,6 +254,33 @@ def noise_log_prob(
     mean = ode_step(before, v, config.steps)
     initial = gaussian_log_prob(chain.states[:, :1], jnp.zeros(()), jnp.ones(()))
     return jnp.concatenate([initial, gaussian_log_prob(after, mean, std(features))], axis=1)
+
+
+def sample_matching(
+    velocity: VelocityFunction,
+    noise: jax.Array,
+    key: jax.Array,
+    config: FlowConfig,
+    at: TimeFunction = _itself,
+) -> tuple[jax.Array, MatchingChain, jax.Array]:
+    """The deterministic sampler's chunk [B, k, D] with pairs drawn as in training, and
+    `matching_log_prob` [B, k, D]."""
+    actions = sample_ode(velocity, noise, config.steps, at)
+    time_key, noise_key = jax.random.split(key)
+    times = sample_times(time_key, (len(noise), config.matching_pairs))
+    draws = jax.random.normal(noise_key, (*times.shape, *noise.shape[1:]))
+    chain = MatchingChain(actions, times, draws)
+    return actions, chain, matching_log_prob(velocity, chain, at)
+
+
+def matching_log_prob(
+    velocity: VelocityFunction, chain: MatchingChain, at: TimeFunction = _itself
+) -> jax.Array:
+    """Minus the flow-matching loss [B, k, D] of a chunk, averaged over its pairs: up to a constant
+    a weighted bound of its log-probability (FPO, arXiv 2507.21053, section 4)."""
+    x, target = interpolate(chain.actions[:, None], chain.noise, chain.times)
+    predicted, _ = velocity(x, at(chain.times))
+    return -jnp.square(predicted - target).mean(axis=1)
 
 
 def _for_all(time: Any) -> Any:

@@ -85,13 +85,16 @@ class FlowPolicy:
         return self._encode(params["actor"], observation, camera_mask)
 
     def sample(self, params: Params, prefix: Prefix, key: jax.Array) -> ActionSample:
-        """A stochastic chunk by Flow-SDE or Flow-Noise (`config.flow.method`)."""
+        """A stochastic chunk by Flow-SDE, Flow-Noise or the sampler of `act`, as
+        `config.flow.method` says."""
         actor, config = params["actor"], self.config.flow
         start_key, key = jax.random.split(key)
         noise = self._noise(start_key, prefix)
         velocity_at, at = self._velocity(actor, prefix), self._at_times(actor)
         if config.method == "sde":
             x, chain, log_prob = flow.sample_sde(velocity_at, noise, key, config, at)
+        elif config.method == "matching":
+            x, chain, log_prob = flow.sample_matching(velocity_at, noise, key, config, at)
         else:
             x, chain, log_prob = flow.sample_noise(
                 velocity_at, self._std(actor), noise, key, config, at
@@ -104,6 +107,8 @@ class FlowPolicy:
         velocity_at, at = self._velocity(actor, prefix), self._at_times(actor)
         if config.method == "sde":
             return self._sum(flow.sde_log_prob(velocity_at, chain, config, at))
+        if config.method == "matching":
+            return self._sum(flow.matching_log_prob(velocity_at, chain, at))
         return self._sum(flow.noise_log_prob(velocity_at, self._std(actor), chain, config, at))
 
     def values(self, params: Params, prefix: Prefix) -> jax.Array:

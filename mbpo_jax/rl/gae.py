@@ -71,11 +71,28 @@ def normalize_advantages(
     return (advantage - mean) / (jnp.sqrt(variance) + 1e-5)
 
 
-def with_advantages(branch: Branch, discount: float, gae_lambda: float) -> Branch:
-    """The branch with its `generalized_advantages`; `discount` and `gae_lambda` act per chunk."""
+def leave_one_out(returns: Float[Array, "m"], group_size: int) -> Float[Array, "m"]:
+    """Each return minus the mean of the others of its group, `group_size` neighbours (RLOO,
+    arXiv 2402.14740, eq. 8): what a choice gained over other choices from the same start."""
+    grouped = returns.reshape(-1, group_size)
+    others = (grouped.sum(1, keepdims=True) - grouped) / (group_size - 1)
+    return (grouped - others).reshape(-1)
+
+
+def with_advantages(
+    branch: Branch, discount: float, gae_lambda: float, group_size: int = 1
+) -> Branch:
+    """The branch with its `generalized_advantages`; `discount` and `gae_lambda` act per chunk.
+
+    Args:
+        group_size: branches from one start state, neighbours; with more than one the first chunks'
+            advantages are `leave_one_out` instead of being compared with the value there.
+    """
     advantage, target = generalized_advantages(
         branch.reward, branch.value, branch.done, branch.bootstrap_value, discount, gae_lambda
     )
+    if group_size > 1:
+        advantage = advantage.at[0].set(leave_one_out(target[0], group_size))
     return branch.replace(advantage=advantage, target=target)
 
 

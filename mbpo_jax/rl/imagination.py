@@ -43,7 +43,9 @@ def imagine(
         keys: random keys [M], one for each branch (see `branch_keys`).
         precomputed: what `WorldModel.precompute` gave for the start states, if it was called.
         chunks: n, the branch length; for full-horizon imagination the episode's.
-        reward_threshold: the reward is 1 where the decoded probability is above this.
+        reward_threshold: the reward is 1 where the decoded probability is above this. At 0 it is
+            the probability itself, and a branch goes on with the weight of its not having ended:
+            `done` and `valid` are probabilities then.
         reward_weight: what a reward at a chunk's last step counts (`chunk_discount`).
 
     Returns:
@@ -59,7 +61,9 @@ def imagine(
             sample = policy.sample(policy_params, prefix, sample_key)
             value = policy.value(policy_params, prefix)
             following = world.step(world_params, state, sample.actions, world_key)
-            done = (world.reward(world_params, following) > reward_threshold).astype(jnp.float32)
+            done = world.reward(world_params, following).astype(jnp.float32)
+            if reward_threshold:
+                done = (done > reward_threshold).astype(jnp.float32)
             record = {
                 "observation": observation,
                 "chain": sample.chain,

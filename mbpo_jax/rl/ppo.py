@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from mbpo_jax.gradients import join_rows, summed_value_and_grad
-from mbpo_jax.types import Observation, Params, Policy
+from mbpo_jax.types import Demonstration, Observation, Params, Policy
 
 
 @struct.dataclass
@@ -104,6 +104,8 @@ class PPO:
             norm, each network on its own).
         clip_ratio: ε of the surrogate, both signs. value_clip, huber_delta: of the critic's loss.
         critic_warmup: updates that leave the actor as it is.
+        anchor_weight: of `policy.loss` on demonstrations, which holds the actor near what it was
+            fine-tuned on (DiWA, arXiv 2508.03645); 0 for none, as in the paper.
         trainable: tree of bools like the actor's parameters, False where the policy stops the
             gradient; None for all True.
         gradient_accumulation: slices of a minibatch whose gradients are computed one after the
@@ -122,13 +124,14 @@ class PPO:
         value_clip: float,
         huber_delta: float,
         critic_warmup: int,
+        anchor_weight: float = 0.0,
         trainable: Params | None = None,
         gradient_accumulation: int = 1,
     ):
         self.policy = policy
         self.gradient_accumulation = gradient_accumulation
         self.clip_ratio, self.value_clip, self.huber_delta = clip_ratio, value_clip, huber_delta
-        self.critic_warmup = critic_warmup
+        self.critic_warmup, self.anchor_weight = critic_warmup, anchor_weight
 
         def clipped(tx):
             return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
@@ -195,9 +198,26 @@ class PPO:
         (_, outputs), gradient = accumulate(params, batch)
         return gradient, self.metrics(*join_rows(outputs), batch)
 
-    def update(self, state: PPOState, batch: PPOBatch) -> tuple[PPOState, dict[str, Array]]:
-        """One gradient step on one minibatch. During warm-up the actor stays bit for bit."""
+    def update(
+        self,
+        state: PPOState,
+        batch: PPOBatch,
+        demonstrations: Demonstration | None = None,
+        key: Array | None = None,
+    ) -> tuple[PPOState, dict[str, Array]]:
+        """One gradient step on one minibatch. During warm-up the actor stays bit for bit.
+
+        Args:
+            demonstrations, key: what the anchor needs, if it has a weight.
+        """
         grads, metrics = self.gradient(state.params, batch)
+        if self.anchor_weight:
+            pull, anchor = jax.grad(self.policy.loss, has_aux=True)(
+                state.params["actor"], demonstrations.observation, demonstrations.actions, key
+            )
+            weight = self.anchor_weight
+            grads["actor"] = jax.tree.map(lambda g, p: g + weight * p, grads["actor"], pull)
+            metrics["anchor_loss"] = anchor["loss"]
         warm = state.step >= self.critic_warmup
         actor_updates, actor_opt = self.actor_tx.update(
             grads["actor"], state.actor_opt, state.params["actor"]

@@ -69,7 +69,7 @@ class ServedPolicy:
             "action_horizon": config.chunk,
         }
         self.max_batch = max(batch_sizes)
-        self._programs = self._compile(acting_program(policy, config.seed), sorted(batch_sizes))
+        self._programs = self._compile(acting_program(policy.act, config.seed), sorted(batch_sizes))
 
     def _compile(self, program, batch_sizes: Sequence[int]) -> dict:
         size = self._config.image_size

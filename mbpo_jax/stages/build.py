@@ -17,10 +17,13 @@ from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.rl.gae import chunk_discount
+from mbpo_jax.rl.selection import best_of
 from mbpo_jax.stages.workspace import config_entries
 from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.training.sharding import Rules, parameter_sharding
 from mbpo_jax.types import Array, Observation, Params
+from mbpo_jax.world_model.composed import ComposedWorld
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.umm_world import UMMWorld
 
@@ -35,9 +38,10 @@ def dataclass_from(cls, section):
     for field in dataclasses.fields(cls):
         if field.name not in section:
             continue
-        value = section[field.name]
-        nested = dataclasses.is_dataclass(hints[field.name])
-        values[field.name] = dataclass_from(hints[field.name], value) if nested else value
+        value, hint = section[field.name], hints[field.name]
+        options = [x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)]
+        nested = options and value is not None
+        values[field.name] = dataclass_from(options[0], value) if nested else value
     return cls(**values)
 
 
@@ -86,8 +90,38 @@ def load_policy(config: Config, sft_directory: Path, params_directory: Path):
     return policy, jax.jit(policy.for_inference)(params)
 
 
-def acting_program(policy: FlowPolicy, seed: int) -> Callable[[Params, Observation, Array], Array]:
-    """Jitted `(params, observations, identities) -> actions [B, k, A]`.
+Act = Callable[[Params, Observation, Array], Array]  # (params, observation [1], key) -> [1, k, A]
+
+
+def load_selection(
+    config: Config, root: Path, actor: Path, choice: str = "best"
+) -> tuple[Act, Params]:
+    """Best of `evaluation.best_of` chunks (`rl.selection`) of the policy whose parameters are at
+    `actor`, by the world model and the value of the run in `root`: the acting function and its
+    parameters."""
+    policy, params = load_policy(config, root / "sft", actor)
+    judge = load_params(root / "sft" / "policy", abstract_params(policy))
+    critic = load_params(root / "value" / "critic", abstract_params(policy)["critic"])
+    world = build_world_model(config)
+    world_params = load_params(root / "world_model" / "world_model", abstract_params(world))
+    rl = config.rl
+    act = best_of(
+        policy,
+        world,
+        config.evaluation.best_of,
+        *chunk_discount(rl.discount, config.chunk, rl.discount_per),
+        choice=choice,
+    )
+    return act, {
+        "policy": params,
+        "value": jax.jit(policy.for_inference)({**judge, "critic": critic}),
+        "world": world.for_inference(world_params),
+    }
+
+
+def acting_program(act: Act, seed: int) -> Callable[[Params, Observation, Array], Array]:
+    """Jitted `(params, observations, identities) -> actions [B, k, A]` of an acting function, such
+    as `FlowPolicy.act`.
 
     A chunk's noise depends on `seed` and on its row of `identities` int [B, 2], (episode, chunk),
     alone, so that an episode comes out the same however requests are batched.
@@ -95,20 +129,23 @@ def acting_program(policy: FlowPolicy, seed: int) -> Callable[[Params, Observati
     base_key = jax.random.key(seed)
 
     @jax.jit
-    def act(params, observations, identities):
+    def act_on_all(params, observations, identities):
         def one(observation, identity):
             key = jax.random.fold_in(jax.random.fold_in(base_key, identity[0]), identity[1])
             batch = jax.tree.map(lambda x: x[None], observation)
-            return policy.act(params, batch, key)[0]
+            return act(params, batch, key)[0]
 
         return jax.vmap(one)(observations, identities)
 
-    return act
+    return act_on_all
 
 
 def build_world_model(config: Config) -> UMMWorld:
-    return UMMWorld(
-        dataclass_from(UMMConfig, config.world_model.model),
+    """The world model of `config.world_model.model`."""
+    model = dataclass_from(UMMConfig, config.world_model.model)
+    kind = ComposedWorld if model.prediction == "composed" else UMMWorld
+    return kind(
+        model,
         cameras=tuple(config.cameras),
         image_size=config.image_size,
         action_dim=config.action_dim,

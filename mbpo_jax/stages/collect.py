@@ -14,8 +14,7 @@ from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.envs.suites import task_info
 from mbpo_jax.episode import Episode
-from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.stages.build import Config, acting_program, load_policy, observation_builder
+from mbpo_jax.stages.build import Act, Config, acting_program, load_policy, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.types import Params
 
@@ -117,12 +116,13 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
             task_id=task,
             seed=_reset_seed(config, ROLLOUT_SEED_OFFSET + i),
             max_steps=config.max_steps,
+            render_every=config.rollouts.render_every,
         )
         for task in config.tasks
         for i in range(config.rollouts.episodes_per_task)
     ]
     with make_pool(config) as pool:
-        act = batched_act(config, policy, params)
+        act = batched_act(config, policy.act, params)
         missing = [r for r in requests if _name(r) not in set(spool.names())]
         results = pool.policy_episodes(missing, act, source="sft")
         for result in progress(results, "rollouts", len(missing)):
@@ -153,14 +153,12 @@ def make_pool(config: Config) -> EnvPool:
     )
 
 
-def batched_act(
-    config: Config, policy: FlowPolicy, params: Params
-) -> Callable[[list[Query]], np.ndarray]:
-    """An acting function for the pool. A query's noise depends on its episode and chunk alone, so
-    that an episode comes out the same however queries are batched."""
+def batched_act(config: Config, act: Act, params: Params) -> Callable[[list[Query]], np.ndarray]:
+    """An acting function, such as `FlowPolicy.act`, for the pool. A query's noise depends on its
+    episode and chunk alone, so that an episode comes out the same however queries are batched."""
     builder = observation_builder(config)
     instructions = {t: task_info(config.suite, t).instruction for t in config.tasks}
-    act = acting_program(policy, config.seed)
+    program = acting_program(act, config.seed)
 
     def act_on(queries: list[Query]) -> np.ndarray:
         padded = queries + [queries[0]] * (config.workers - len(queries))
@@ -168,7 +166,7 @@ def batched_act(
             [builder(q.images, q.proprio, instructions[q.request.task_id]) for q in padded]
         )
         identities = np.array([(_episode_number(q.request), q.chunk_index) for q in padded])
-        return np.asarray(act(params, observations, identities))[: len(queries)]
+        return np.asarray(program(params, observations, identities))[: len(queries)]
 
     return act_on
 

@@ -22,6 +22,7 @@ from mbpo_jax.stages.build import (
 from mbpo_jax.stages.finetune_world_model import (
     FIDELITY_TRANSITIONS,
     answers,
+    gripper_probes,
     spread,
     train_dynamics,
     world_model_episodes,
@@ -31,11 +32,9 @@ from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Params, Transition, WorldModel
 from mbpo_jax.world_model import metrics, perceptual
 from mbpo_jax.world_model.frame_by_frame import FrameByFrame
-from mbpo_jax.world_model.statistics import latent_statistics, proprio_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 HORIZON_SEQUENCES = 64
-PROBE_FRAMES = 1500
 TIMED_CALLS = 5
 
 
@@ -106,7 +105,7 @@ class Study:
         self.run_actions, self.run_images = jax.tree.map(
             lambda x: np.moveaxis(x, 0, 1), (runs.actions, runs.next_images)
         )
-        self.probes = self._fit_probes()
+        self.probes = gripper_probes(train, config.cameras)
 
     def measure(self, contender: Contender) -> tuple[dict, dict[str, np.ndarray]]:
         """All numbers of one contender, and its film strips (see `real_strips`)."""
@@ -141,9 +140,9 @@ class Study:
 
     def disagreement(self, images: dict[str, np.ndarray]) -> float:
         """Cross-view consistency: mean distance (cm) between the gripper's position as read, by
-        linear probes of the autoencoder's latents, from the first view and from the others."""
+        linear probes (`gripper_probes`), from the first view and from the others."""
         first, *others = (
-            self._latents(images[camera]) @ w + b for camera, (w, b) in self.probes.items()
+            metrics.probe_features(images[camera]) @ w + b for camera, (w, b) in self.probes.items()
         )
         distances = [np.linalg.norm(first - other, axis=-1).mean() for other in others]
         return float(100 * np.mean(distances)) if distances else 0.0
@@ -157,23 +156,6 @@ class Study:
         return {
             camera: np.swapaxes(np.concatenate([start[None], frames[camera]])[:, rows], 0, 1)
             for camera, start in self.starts.images.items()
-        }
-
-    def _latents(self, images):
-        encode = jax.jit(self.world.autoencoder.encode)
-        parts = [encode(self.params, images[i : i + 64]) for i in range(0, len(images), 64)]
-        return np.concatenate([np.asarray(x).reshape(len(x), -1) for x in parts])
-
-    def _fit_probes(self):
-        """Camera -> (w, b) that read the gripper's position (metres) from its latents."""
-        places = [(e, f) for e in self.train for f in range(len(e.timesteps))]
-        chosen = [places[i] for i in spread(len(places), PROBE_FRAMES)]
-        position = np.stack([e.proprio[f, :3] for e, f in chosen])
-        return {
-            camera: metrics.linear_probe(
-                self._latents(np.stack([e.images[camera][f] for e, f in chosen])), position
-            )
-            for camera in self.config.cameras
         }
 
     def _seconds(self, contender):
@@ -210,7 +192,7 @@ def _collated(source: Source, wanted: int) -> Transition:
 
 def _fresh(study: Study, world: UMMWorld) -> Params:
     params = world.init(jax.random.key(study.config.seed))
-    return {**params, "vae": study.params["vae"], "statistics": study.params["statistics"]}
+    return params | {k: study.params[k] for k in ("vae", "statistics") if k in study.params}
 
 
 def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> Params:
@@ -218,10 +200,7 @@ def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> 
     sources = transitions(study.train, study.builder, world.chunk)
     if world.chunk != study.world.chunk:
         some = _collated(sources, FIDELITY_TRANSITIONS)
-        params["statistics"] = {
-            **latent_statistics(world.autoencoder, world.cameras, params, some),
-            **proprio_statistics(world.config, some),
-        }
+        params["statistics"] = world.measured(params, some)
     return train_dynamics(config, world, params, sources, study.train, directory)
 
 

@@ -33,14 +33,10 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import LossFn, fit
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
-from mbpo_jax.types import Params, WorldModel
+from mbpo_jax.types import Observation, Params, Transition, WorldModel
 from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.checkpoint import load_bagel
-from mbpo_jax.world_model.statistics import (
-    latent_statistics,
-    neutral_statistics,
-    proprio_statistics,
-)
+from mbpo_jax.world_model.statistics import neutral_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 Images = Mapping[str, np.ndarray]  # per camera
@@ -48,6 +44,8 @@ Images = Mapping[str, np.ndarray]  # per camera
 STATISTICS_TRANSITIONS = 512
 FIDELITY_TRANSITIONS = 512
 FILM_STRIPS = 3
+PROBE_FRAMES = 1500
+RANKED_TRANSITIONS, RANKED_CHUNKS = 60, 16
 ENCODED_FRAMES = 64  # at a time
 
 
@@ -79,14 +77,12 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
             "collect more (--config.rollouts.episodes_per_task)"
         )
     some = collate([sources[i] for i in spread(len(sources), STATISTICS_TRANSITIONS)])
-    found = proprio_statistics(world.config, some)
     if config.world_model.vae_training.steps:
         params = _train_vae(config, world, params, train, directory / "vae")
-        found |= latent_statistics(world.autoencoder, world.cameras, params, some)
-    params["statistics"] |= found
+    params["statistics"] |= world.measured(params, some)
     params = train_dynamics(config, world, params, sources, train, directory / "dynamics")
     save_params(directory / "world_model", params)
-    report = measure_fidelity(config, world, params, held_out, directory)
+    report = measure_fidelity(config, world, params, train, held_out, directory)
     return {
         "training_episodes": len(train),
         "held_out_episodes": len(held_out),
@@ -129,7 +125,7 @@ def _initial_params(config: Config, world: UMMWorld) -> Params:
     return {
         **params,
         "adapters": {**fresh, **params["adapters"]},
-        "statistics": neutral_statistics(world.config, world.cameras),
+        "statistics": neutral_statistics(world.config, world.cameras, world.action_dim),
     }
 
 
@@ -201,7 +197,10 @@ def joint_batches(
 ) -> Callable[[int], Iterator[Any]]:
     """`batches(i)` for `joint_loss`: transitions of `sources` and reward labels of `episodes`."""
     section = config.world_model
-    sources = _with_moments(world, params, sources, episodes)
+    if world.config.vae is None:
+        sources = sources.map(lambda transition, *_: (transition, None))
+    else:
+        sources = _with_moments(world, params, sources, episodes)
     no, yes = by_label(reward_examples(episodes, observation_builder(config)))
     yes_share = section.reward_yes_fraction
 
@@ -266,9 +265,15 @@ def _with_moments(
 
 
 def measure_fidelity(
-    config: Config, world: UMMWorld, params: Params, episodes: list[Episode], directory: Path
+    config: Config,
+    world: UMMWorld,
+    params: Params,
+    train: list[Episode],
+    episodes: list[Episode],
+    directory: Path,
 ) -> dict:
-    """Held-out numbers: images per view beside copy-last-frame, reward, error against horizon.
+    """Numbers of the held-out `episodes`: images per view beside copy-last-frame, what the actions
+    do to them (`action_response`), reward, error against horizon.
 
     Writes film strips to `fidelity.npz`: `real/CAMERA` and `imagined/CAMERA`, uint8
     [strips, n + 1, H, W, 3], the first frame being the common start.
@@ -286,6 +291,8 @@ def measure_fidelity(
     report = {
         "held_out_transitions": len(source),
         "fidelity": metrics.fidelity(chosen, imagined.images),
+        "imagination": action_response(world, params, source, episodes, chosen, imagined)
+        | {"gripper_cm": gripper_errors(train, chosen, imagined.images)},
         "reward": metrics.classification(*judged[:2])
         | {"f1_interval": metrics.f1_interval(*judged), "episodes": len(episodes)},
     }
@@ -301,6 +308,89 @@ def measure_fidelity(
     report["horizon"] = _plain(metrics.horizon_curve(observation.images, imagined, seen))
     _save_film_strips(observation.images, imagined, seen, directory / "fidelity.npz")
     return report
+
+
+def action_response(
+    world: UMMWorld,
+    params: Params,
+    source: Source,
+    episodes: list[Episode],
+    chosen: Transition,
+    imagined: Observation,
+) -> dict:
+    """Whether imagined frames follow the actions: per view "unexplained" and "response" (see
+    `metrics`) of the `chosen` transitions of `source`, and "true_chunk_first": the share of
+    cases in which, of the true chunk and 15 of other episodes at the nearest time steps, the true
+    one gives the frames nearest to the real ones."""
+    key = jax.random.key(0)
+    now, truth = chosen.observation.images, chosen.next_images
+    order = np.random.default_rng(0).permutation(len(chosen.actions))
+    other = metrics.imagine_chunk(
+        world, params, chosen.replace(actions=chosen.actions[order]), key
+    ).images
+    views = {
+        c: {
+            "unexplained": metrics.unexplained(now[c], imagined.images[c], truth[c]),
+            "response": metrics.response(now[c], imagined.images[c], other[c], truth[c]),
+        }
+        for c in world.cameras
+    }
+    episode, time = (
+        source.index[:, 0],
+        np.array([episodes[e].timesteps[f] for e, f in source.index[:, :2]]),
+    )
+    errors = []
+    for i in spread(len(source), RANKED_TRANSITIONS):
+        elsewhere = np.flatnonzero(episode != episode[i])
+        nearest = elsewhere[np.argsort(np.abs(time[elsewhere] - time[i]), kind="stable")]
+        nearest = nearest[: RANKED_CHUNKS - 1]
+        if len(nearest) < RANKED_CHUNKS - 1:
+            continue
+        real = source[i]
+        many = jax.tree.map(lambda x: np.repeat(x[None], RANKED_CHUNKS, axis=0), real)
+        chunks = np.stack([real.actions, *(source[j].actions for j in nearest)])
+        frames = metrics.imagine_chunk(world, params, many.replace(actions=chunks), key).images
+        errors.append(
+            sum(
+                np.square(frames[c].astype(np.float32) - real.next_images[c]).mean((1, 2, 3))
+                / (np.square(real.next_images[c] - real.observation.images[c] * 1.0).mean() + 1)
+                for c in world.cameras
+            )
+        )
+    first = metrics.rank_of_truth(np.stack(errors)) if errors else None
+    return {"views": views, "true_chunk_first": first, "ranked": len(errors)}
+
+
+def gripper_errors(train: list[Episode], chosen: Transition, imagined: Images) -> dict:
+    """Median distance (cm) between the gripper's position and what linear probes (`gripper_probes`)
+    read of it from the views a chunk later: camera -> {"real", "imagined"}."""
+    position, errors = chosen.next_proprio[:, :3], {}
+    for camera, (w, b) in gripper_probes(train, list(imagined)).items():
+        views = {"real": chosen.next_images[camera], "imagined": imagined[camera]}
+        errors[camera] = {
+            name: float(
+                100
+                * np.median(np.linalg.norm(metrics.probe_features(x) @ w + b - position, axis=-1))
+            )
+            for name, x in views.items()
+        }
+    return errors
+
+
+def gripper_probes(
+    episodes: list[Episode], cameras: Sequence[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Camera -> (w, b) that read the gripper's position (metres; the first three values of
+    proprioception) from `metrics.probe_features` of its real frames."""
+    places = [(e, f) for e in episodes for f in range(len(e.timesteps))]
+    chosen = [places[i] for i in spread(len(places), PROBE_FRAMES)]
+    position = np.stack([e.proprio[f, :3] for e, f in chosen])
+    return {
+        camera: metrics.linear_probe(
+            metrics.probe_features(np.stack([e.images[camera][f] for e, f in chosen])), position
+        )
+        for camera in cameras
+    }
 
 
 def answers(

@@ -59,7 +59,7 @@ def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
                 start,
                 keys,
                 chunks=config.world_model.horizon,
-                reward_threshold=config.rl.reward_threshold,
+                reward_threshold=config.rl.reward_threshold or 0.5,
             )
             return (branch.reward > 0).any(0)
 

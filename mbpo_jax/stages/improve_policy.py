@@ -11,8 +11,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.normalization import read_norm_stats
-from mbpo_jax.data.pipelines import Source, batches, branch_starts, collate, process_rows
+from mbpo_jax.data.pipelines import (
+    Source,
+    batches,
+    branch_starts,
+    collate,
+    demonstrations,
+    process_rows,
+)
 from mbpo_jax.rl.gae import chunk_discount, learning_batch, with_advantages
 from mbpo_jax.rl.imagination import (
     ROW_AXES,
@@ -46,7 +54,8 @@ from mbpo_jax.training.sharding import (
     parameter_sharding,
     shard_batch,
 )
-from mbpo_jax.types import Array, Branch, Params, Policy, WorldModel
+from mbpo_jax.types import Array, Branch, Demonstration, Params, Policy, WorldModel
+from mbpo_jax.world_model import metrics as world_metrics
 
 
 def improve_policy(workspace: Workspace, directory: Path) -> dict:
@@ -54,17 +63,21 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
     config = workspace.config
     workspace.require("sft")
     workspace.require("world_model")
+    workspace.require("value")
     sft = workspace.directory("sft")
     stats = read_norm_stats(sft / "norm_stats.json")
     policy = build_policy(config, stats)
     world = build_world_model(config)
     layout = make_mesh(config.parallel.fsdp), config.parallel.rules
-    params = load_params(sft / "policy", abstract_params(policy, *layout))
+    shapes = abstract_params(policy, *layout)
+    params = load_params(sft / "policy", shapes)
+    params["critic"] = load_params(workspace.directory("value") / "critic", shapes["critic"])
     world_params = load_params(
         workspace.directory("world_model") / "world_model", abstract_params(world, *layout)
     )
     episodes, _ = world_model_episodes(workspace)
-    starts = branch_starts(episodes, observation_builder(config))
+    builder = observation_builder(config)
+    starts = branch_starts(episodes, builder)
     if config.rl.start_states_from == "episode_start":
         starts = starts.where(starts.index[:, 1] == 0)
     elif config.rl.start_states_from != "dataset":
@@ -72,13 +85,16 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
             f"rl.start_states_from is {config.rl.start_states_from!r}; choose 'dataset' (branched "
             "rollouts) or 'episode_start' (full-horizon imagination)"
         )
+    judged_done = done_at_start(config, world, world_params, starts)
+    demonstrated = read_episodes(workspace.directory("demonstrations") / "dataset")
     improved = optimize_policy(
         config,
         policy,
         world,
         params,
         world.for_inference(world_params),
-        starts,
+        starts.where(~judged_done),
+        demonstrations(demonstrated, builder),
         directory=directory,
         origin=checkpoint_origin(
             config, ["policy", "rl"], {name: vars(x) for name, x in stats.items()}
@@ -89,12 +105,27 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
     history = read_metrics(directory / "metrics.jsonl")
     imagined = [r["imagined_success"] for r in history if "imagined_success" in r]
     return {
-        "start_states": len(starts),
+        "start_states": int((~judged_done).sum()),
+        "start_states_judged_done": int(judged_done.sum()),
         "updates": config.rl.updates,
         "imagined_success_first": imagined[0],
         "imagined_success_last": imagined[-1],
         "imagined_chunks": len(imagined) * config.rl.start_states * config.rl.branch_chunks,
     }
+
+
+def done_at_start(
+    config: Config, world: WorldModel, world_params: Params, starts: Source
+) -> np.ndarray:
+    """Whether the world model judges the task done already, bool [N]: a branch from such a state
+    would succeed whatever the policy does."""
+    judge, size = jax.jit(world_metrics.judge(world)), config.rl.imagination_batch
+    done = []
+    for rows in np.resize(np.arange(len(starts)), (-(-len(starts) // size), size)):
+        batch = collate([starts[row] for row in rows])
+        done.append(np.asarray(judge(world_params, batch)))
+    found = np.concatenate([*done, np.zeros(0)])[: len(starts)]
+    return found > (config.rl.reward_threshold or 0.5)
 
 
 def optimize_policy(
@@ -104,6 +135,7 @@ def optimize_policy(
     params: Params,
     world_params: Params,
     starts: Source,
+    demonstrated: Source | None = None,
     *,
     directory: Path,
     origin: Mapping[str, Any] | None = None,
@@ -118,6 +150,7 @@ def optimize_policy(
 
     Args:
         starts: the observations that branches may start from.
+        demonstrated: what the anchor holds on to, where `rl.anchor_weight` is above 0.
         directory: receives metrics and checkpoints.
         origin: of the checkpoints, see `Checkpoints`; the seed is added.
         trainable: which of the actor's parameters move (see `PPO`).
@@ -144,8 +177,18 @@ def optimize_policy(
 
     def starts_at(i: int):
         drawn = batches(
-            starts, rl.start_states, config.seed + 5, start_step=i // rl.updates_per_refill
+            starts,
+            rl.start_states // rl.group_size,
+            config.seed + 5,
+            start_step=i // rl.updates_per_refill,
         )
+        groups = jax.tree.map(lambda x: np.repeat(x, rl.group_size, axis=0), next(drawn))
+        return shard_batch(groups, mesh)
+
+    def anchors_at(i: int):
+        if not rl.anchor_weight:
+            return None
+        drawn = batches(demonstrated, rl.anchor_batch, config.seed + 9, start_step=i)
         return shard_batch(next(drawn), mesh)
 
     with (
@@ -192,7 +235,8 @@ def optimize_policy(
                 if stop:
                     checkpoints.wait()
                     raise Interrupted(f"policy optimisation: stopped by SIGTERM, saved at {i}")
-                state, metrics = update(state, branch, jax.random.fold_in(key, 2 * rl.updates + i))
+                update_key = jax.random.fold_in(key, 2 * rl.updates + i)
+                state, metrics = update(state, branch, update_key, anchors_at(i))
                 profiler.after(i, state)
                 guard.add(i, branch, metrics["skipped"])
                 scalars |= {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -253,6 +297,7 @@ def make_ppo(config: Config, policy: Policy, trainable: Params | None = None) ->
         value_clip=rl.value_clip,
         huber_delta=rl.huber_delta,
         critic_warmup=rl.critic_warmup,
+        anchor_weight=rl.anchor_weight,
         trainable=trainable,
         gradient_accumulation=rl.gradient_accumulation,
     )
@@ -268,8 +313,8 @@ def programs(
 
     Returns:
         refill: `(params, world_params, (start, precomputed), key) -> Branch`. revalue: `(params,
-            Branch) -> Branch`, with the current critic's values. update: `(PPOState, Branch, key)
-            -> (PPOState, metrics)`.
+            Branch) -> Branch`, with the current critic's values. update: `(PPOState, Branch, key,
+            demonstrations or None) -> (PPOState, metrics)`.
 
     Raises:
         ValueError: sizes of the `rl` section that do not divide each other or the devices.
@@ -281,10 +326,11 @@ def programs(
     _check_divides("rl.imagination_batch", rl.imagination_batch, mesh.size)
     _check_divides("rl.start_states", rl.start_states, rl.imagination_batch)
     _check_divides("rl.minibatch_size", minibatch, mesh.size * rl.gradient_accumulation)
+    _check_divides("rl.start_states", rl.start_states, mesh.size * rl.group_size)
     slices = rl.start_states // rl.imagination_batch
 
     def advantages(branch: Branch) -> Branch:
-        return with_advantages(branch, discount, rl.gae_lambda)
+        return with_advantages(branch, discount, rl.gae_lambda, rl.group_size)
 
     def imagine_rows(params, world_params, start, rows, key):
         def branch_from(start, keys, precomputed):
@@ -318,11 +364,14 @@ def programs(
         rows = shard_batch(process_rows(rl.start_states), mesh)
         return imagine_all(params, jax.device_put(world_params, in_use), start, rows, key)
 
-    def update(state: PPOState, branch: Branch, key) -> tuple[PPOState, dict[str, Array]]:
+    def update(
+        state: PPOState, branch: Branch, key, anchors: Demonstration | None = None
+    ) -> tuple[PPOState, dict[str, Array]]:
         batch = learning_batch(branch, rl.normalize_advantages)
         rows = jax.random.permutation(key, chunks)[:minibatch]
         chosen = jax.tree.map(lambda x: x[rows], batch)
-        return ppo.update(state, jax.lax.with_sharding_constraint(chosen, batch_sharding(mesh)))
+        chosen = jax.lax.with_sharding_constraint(chosen, batch_sharding(mesh))
+        return ppo.update(state, chosen, anchors, key)
 
     update = on_mesh(skip_nonfinite(update), mesh)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
@@ -345,11 +394,11 @@ def _check_divides(name: str, size: int, multiple: int) -> None:
 
 @jax.jit
 def _branch_statistics(branch: Branch) -> dict[str, Array]:
-    succeeded = (branch.reward > 0).any(0)
     return {
-        "imagined_success": succeeded.mean(),
+        "imagined_success": 1.0 - jnp.prod(1.0 - branch.done, axis=0).mean(),
         "imagined_return": branch.reward.sum(0).mean(),
         "imagined_value": (branch.value * branch.valid).sum() / branch.valid.sum(),
+        "imagined_advantage_std": jnp.sqrt((jnp.square(branch.advantage[0])).mean()),
         "imagined_action_size": jnp.abs(branch.actions).mean(),
     }
 

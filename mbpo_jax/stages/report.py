@@ -82,14 +82,14 @@ def _verdict(summaries: dict) -> str:
         )
     if "evaluate" not in summaries:
         return "The policies have not been evaluated yet."
-    results, paired = summaries["evaluate"]["policies"], summaries["evaluate"]["paired"]
+    results, paired = summaries["evaluate"]["policies"], summaries["evaluate"]["paired"]["improved"]
     sft, improved = results["sft"], results["improved"]
     difference = 100 * (improved["success_rate"] - sft["success_rate"])
     significant = "" if paired["p_value"] < 0.05 else "not "
     return (
         f"Fine-tuned policy {_rate(sft)}, improved policy {_rate(improved)}: a difference of "
         f"{difference:+.1f} points; on the same {paired['pairs']} init states the improved policy "
-        f"alone solved {paired['improved_only']}, the fine-tuned one alone {paired['sft_only']} "
+        f"alone solved {paired['second_only']}, the fine-tuned one alone {paired['first_only']} "
         f"(exact McNemar p = {paired['p_value']:.3g}, {significant}significant at 5 %)."
     )
 
@@ -124,18 +124,26 @@ def _one_line(stage: str, s: dict) -> str:
             f"{c} {v['psnr']:.1f} dB (copy {v['copy_psnr']:.1f})" for c, v in s["fidelity"].items()
         )
         return f"{views}; reward F1 {f1_text(s['reward'])}"
+    if stage == "value" and s["steps"]:
+        held_out = s["held_out"].items()
+        return ", ".join(f"AUC {q['auc']:.2f} ({kind} frames)" for kind, q in held_out)
+    if stage == "value":
+        return "starts fresh"
+    if stage == "selection":
+        return "; ".join(f"{name} {_rate(p)}" for name, p in s["resets"].items())
     if stage == "improve":
         return (
             f"imagined success {s['imagined_success_first']:.3f} → "
             f"{s['imagined_success_last']:.3f} in {s['updates']} updates"
         )
     rates = "; ".join(f"{name} {_rate(p)}" for name, p in s["policies"].items())
+    rates += "".join(f"; {name}, resets {_rate(p)}" for name, p in s.get("resets", {}).items())
     return f"{rates}, all imagined" if stage == "imagine" else rates
 
 
 def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
     summary = summaries["evaluate"]
-    policies, paired = summary["policies"], summary["paired"]
+    policies = summary["policies"]
     instructions = {
         task: entry["instruction"] for task, entry in summaries["demonstrations"]["tasks"].items()
     }
@@ -155,13 +163,26 @@ def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
     table = Table(
         ("policy: task", "success", "goal predicates", "steps when solved", "s per episode"), rows
     )
+    columns = ("pairs", "both", "first_only", "second_only", "neither")
     pairs = Table(
-        ("pairs", "both", "only fine-tuned", "only improved", "neither", "p (exact McNemar)"),
+        (
+            "sft and",
+            "starts",
+            "pairs",
+            "both",
+            "only sft",
+            "only it",
+            "neither",
+            "p (exact McNemar)",
+        ),
         [
-            [str(paired[k]) for k in ("pairs", "both", "sft_only", "improved_only", "neither")]
-            + [f"{paired['p_value']:.3g}"]
+            [name, starts, *(str(paired[k]) for k in columns), f"{paired['p_value']:.3g}"]
+            for starts, key in (("init states", "paired"), ("random resets", "paired_resets"))
+            for name, paired in summary.get(key, {}).items()
         ],
     )
+    for name, part in summary.get("resets", {}).items():
+        rows.append((f"{name}: random resets", _rate(part), *[""] * 3))
     labels = {t: f"task {t}" for t in instructions}
     images = [png(figures.success_bars(policies, labels), "success with 95 % Wilson intervals")]
     for kind, video in summary["videos"].items():

@@ -1,5 +1,6 @@
 """The working directory: one folder per stage, what it was made with, and whether it finished."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -100,9 +101,14 @@ class Workspace:
 
 
 def config_entries(config: ml_collections.ConfigDict, sections: Sequence[str]) -> dict:
-    """The entries of some sections of a config under dotted names, as JSON has them."""
+    """The entries of some sections of a config under dotted names, as JSON has them. A section may
+    be a single entry ("rl.discount")."""
     values = json.loads(config.to_json_best_effort())
-    return flat_entries({section: values[section] for section in sections})
+
+    def at(section):
+        return functools.reduce(lambda part, key: part[key], section.split("."), values)
+
+    return flat_entries({section: at(section) for section in sections})
 
 
 def read_config(root: Path) -> ml_collections.ConfigDict:

@@ -43,19 +43,46 @@ def make_optimizer(
     weight_decay: float,
     grad_clip: float,
     trainable: Params | None = None,
+    matrix_learning_rate: float = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up, cosine decay to 5 % of the peak, and global-norm clipping.
+
+    With a `matrix_learning_rate` the matrices inside stacks of layers are instead moved by Muon
+    (orthogonalised momentum, arXiv 2502.16982) at that rate, under the same schedule: models that
+    train from scratch get there in about two thirds of the steps.
 
     Where the tree of bools `trainable` is False there is no optimiser state and no weight decay;
     the gradient is expected to be zero there.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup_steps, max(steps, warmup_steps + 1), 0.05 * learning_rate
-    )
-    adamw = optax.adamw(schedule, b2=0.98, weight_decay=weight_decay)
+
+    def schedule(peak):
+        return optax.warmup_cosine_decay_schedule(
+            0.0, peak, warmup_steps, max(steps, warmup_steps + 1), 0.05 * peak
+        )
+
+    tx = optax.adamw(schedule(learning_rate), b2=0.98, weight_decay=weight_decay)
+    if matrix_learning_rate:
+        muon = optax.contrib.muon(
+            schedule(matrix_learning_rate),
+            weight_decay=weight_decay,
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(
+                lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params
+            ),
+        )
+        tx = optax.partition({"matrix": muon, "other": tx}, _layer_matrices)
     if trainable is not None:
-        adamw = optax.masked(adamw, trainable)
-    return optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
+        tx = optax.masked(tx, trainable)
+    return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
+
+
+def _layer_matrices(params: Params) -> Params:
+    """ "matrix" for the kernels [layer, in, out] of stacks of layers, else "other"."""
+
+    def label(path, x):
+        names = [entry.key for entry in path if hasattr(entry, "key")]
+        return "matrix" if "layers" in names and names[-1] == "kernel" and x.ndim == 3 else "other"
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def initial_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -129,6 +156,7 @@ def fit(
     loggers: Sequence[str] = ("tensorboard",),
     rules: Rules = (),
     gradient_accumulation: int = 1,
+    matrix_learning_rate: float = 0.0,
 ) -> Params:
     """Trains `params` for `steps` steps and returns their exponential moving average.
 
@@ -148,7 +176,7 @@ def fit(
         trainable: tree of bools like `params`, False where the loss stops the gradient.
         loggers: of the metrics, beside their file (`training.metrics.LOGGERS`).
         rules: how parameters and what belongs to them are split (`parameter_sharding`).
-        gradient_accumulation: see `train_step`.
+        gradient_accumulation: see `train_step`. matrix_learning_rate: see `make_optimizer`.
 
     Raises:
         FloatingPointError: three steps in a row were not finite; see `NonFiniteGuard`.
@@ -162,6 +190,7 @@ def fit(
         weight_decay=weight_decay,
         grad_clip=grad_clip,
         trainable=trainable,
+        matrix_learning_rate=matrix_learning_rate,
     )
     # Straight into its shards: a large model's optimiser state does not fit one device.
     make_state = partial(initial_state, tx=tx)

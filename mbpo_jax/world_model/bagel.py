@@ -67,9 +67,10 @@ def init_adapters(config: UMMConfig, action_dim: int, key: Array) -> Params:
             "fc1": dense(next(keys), TIME_FEATURES, d),
             "fc2": dense(next(keys), d, d),
         },
-        "vae2llm": dense(next(keys), token, d),
-        "llm2vae": zero_head(token),
     }
+    if config.prediction != "composed":
+        adapters["vae2llm"] = dense(next(keys), token, d)
+        adapters["llm2vae"] = zero_head(token)
     if config.actions_as == "embedding":
         adapters["action2llm"] = dense(next(keys), action_dim, d)
     if config.prediction == "residual":

@@ -32,19 +32,24 @@ class UMMConfig:
 
     mot: MoTConfig
     vit: NaViTConfig
-    vae: VAEConfig
-    vae_image_size: int  # pixels per side of a picture entering the VAE
+    vae: VAEConfig | None  # None where views are composed of pixels
+    vae_image_size: int  # pixels per side of a picture entering the VAE, or cut into patches
     vit_image_size: int  # pixels per side of a picture entering the ViT
-    latent_patch: int  # latents per side of one token
+    latent_patch: int  # latents per side of one token; pixels, where views are composed
     max_latent_side: int  # side of the grid that the latent position table indexes
     # "velocity": rectified flow on latents. "residual": the network predicts the clean difference
     # to the current frame's latents (x-prediction), and decoding adds the decoded difference to the
-    # current pixels, which cancels the VAE's reconstruction error.
+    # current pixels, which cancels the VAE's reconstruction error. "composed": no latents; one pass
+    # gives the next picture as a mixture of the current one, of that moved, and of new pixels
+    # (`composition`), every view's stage reads the actions, and views are trained behind imagined
+    # earlier ones, as they are imagined.
     prediction: str = "velocity"
     # Later views are generated from the earlier views at t+k (interleaved view decoding); if False,
     # every view on its own from all current views and the actions.
     interleaved: bool = True
     actions_as: str = "text"  # "text" (`Step i: [...]`) or "embedding" (one token per step)
+    augment_shift: int = 0  # "composed": pixels by which training pictures are moved at most
+    augment_colour: float = 0.0  # "composed": part by which their colours are changed at most
     # 0: proprioception is held fixed in imagination. Otherwise its values at t+k, this many, are
     # predicted from the current ones, all current views and the actions.
     proprio_dim: int = 0
@@ -61,31 +66,35 @@ class UMMConfig:
 
     @property
     def latent_side(self) -> int:
-        """Latent tokens per side of a picture."""
-        return self.vae_image_size // (self.vae.downsample * self.latent_patch)
+        """Latent tokens (or pixel patches) per side of a picture."""
+        return self.vae_image_size // self.token_stride
 
     @property
     def token_size(self) -> int:
-        """Values in one latent token."""
-        return self.latent_patch**2 * self.vae.z_channels
+        """Values in one latent token (or pixel patch)."""
+        return self.latent_patch**2 * (self.vae.z_channels if self.vae else 3)
+
+    @property
+    def token_stride(self) -> int:
+        """Pixels per side of one token."""
+        return self.latent_patch * (self.vae.downsample if self.vae else 1)
 
 
 def micro() -> UMMConfig:
-    """About 2.3 M parameters; trains from scratch on two CPU cores in minutes."""
+    """About 3.5 M parameters; trains from scratch on two CPU cores in minutes."""
     return UMMConfig(
-        mot=MoTConfig(800, 128, 3, 4, 2, 256, rope_theta=1e4, unroll=True),
+        mot=MoTConfig(800, 192, 4, 6, 2, 512, rope_theta=1e4, unroll=True),
         vit=NaViTConfig(96, 2, 4, 192, patch_size=16, max_patches_per_side=4),
-        vae=VAEConfig(64, (1,), 1, 32, norm_groups=8, patch_size=8),
+        vae=None,
         vae_image_size=64,
         vit_image_size=64,
-        latent_patch=2,
-        max_latent_side=4,
-        prediction="residual",
+        latent_patch=8,
+        max_latent_side=8,
+        prediction="composed",
         actions_as="embedding",
-        targets_per_example=2,
-        train_timestep_shift=4.0,
-        sample_timestep_shift=1.0,
-        num_timesteps=2,
+        augment_shift=2,
+        augment_colour=0.1,
+        proprio_dim=8,
         freeze_vit=False,
     )
 

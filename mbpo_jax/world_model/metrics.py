@@ -260,6 +260,38 @@ def out_of_view(
     }
 
 
+def unexplained(current: np.ndarray, imagined: np.ndarray, truth: np.ndarray) -> float:
+    """Squared pixel error of imagined frames as a share of the real squared change: 0 is perfect, 1
+    as bad as copying the current frame. uint8 [N, H, W, 3] each."""
+    now, guess, real = (np.asarray(x, np.float32) for x in (current, imagined, truth))
+    return float(np.square(guess - real).mean() / max(np.square(real - now).mean(), 1e-9))
+
+
+def response(
+    current: np.ndarray, imagined: np.ndarray, others: np.ndarray, truth: np.ndarray
+) -> float:
+    """How much a prediction changes when the actions are another transition's (`others`), in the
+    same unit as `unexplained`: squared change as a share of the real one."""
+    now, guess, other, real = (
+        np.asarray(x, np.float32) for x in (current, imagined, others, truth)
+    )
+    return float(np.square(guess - other).mean() / max(np.square(real - now).mean(), 1e-9))
+
+
+def rank_of_truth(errors: np.ndarray) -> float:
+    """Share of rows of errors [N, C] in which the first column, the true chunk's, is the lowest."""
+    return float((errors.argmin(axis=1) == 0).mean())
+
+
+def probe_features(images: np.ndarray) -> np.ndarray:
+    """What linear probes read frames uint8 [N, H, W, 3] from: pixels averaged down to about 32 per
+    side, [N, D]."""
+    factor = max(1, images.shape[1] // 32)
+    side = images.shape[1] // factor
+    x = images[:, : side * factor, : side * factor].astype(np.float32) / 127.5 - 1.0
+    return x.reshape(len(x), side, factor, side, factor, 3).mean((2, 4)).reshape(len(x), -1)
+
+
 def linear_probe(
     features: np.ndarray, targets: np.ndarray, ridge: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -300,19 +332,23 @@ def imagine_open_loop(
 def horizon_curve(
     start: Mapping[str, Array], imagined: Mapping[str, Array], images: Mapping[str, Array]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Mean PSNR after 1..n chunks.
+    """Errors after 1..n chunks.
 
     Args:
         start: camera -> uint8 [B, H, W, 3], what the imagination started from.
         imagined, images: camera -> uint8 [n, B, H, W, 3], imagined and seen after each chunk.
 
     Returns:
-        camera -> {"psnr": [n], "copy_psnr": [n]}, the latter of the starting frame.
+        camera -> {"psnr": [n], "copy_psnr": [n], "unexplained": [n]}, means; copies are of the
+        starting frame.
     """
     return {
         camera: {
             "psnr": np.asarray(psnr(imagined[camera], truth)).mean(1),
             "copy_psnr": np.asarray(psnr(start[camera], truth)).mean(1),
+            "unexplained": np.array(
+                [unexplained(start[camera], a, b) for a, b in zip(imagined[camera], truth)]
+            ),
         }
         for camera, truth in images.items()
     }

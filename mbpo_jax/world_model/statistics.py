@@ -4,20 +4,28 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mbpo_jax.types import Params, Transition
 from mbpo_jax.world_model.autoencoder import Autoencoder
 from mbpo_jax.world_model.config import UMMConfig
 
 
-def neutral_statistics(config: UMMConfig, cameras: Sequence[str]) -> Params:
+def neutral_statistics(config: UMMConfig, cameras: Sequence[str], action_dim: int) -> Params:
     """Statistics that change nothing, as released models have them."""
-    z, p = config.vae.z_channels, config.proprio_dim
-    statistics = {
-        "latent_mean": jnp.zeros(z),
-        "latent_std": jnp.ones(z),
-        "residual_scale": {camera: jnp.ones(()) for camera in cameras},
-    }
+    p, one = config.proprio_dim, jnp.ones(())
+    if config.prediction == "composed":
+        statistics = {
+            "actions": {"mean": jnp.zeros(action_dim), "std": jnp.ones(action_dim)},
+            "pixel_change": dict.fromkeys(cameras, one),
+        }
+    else:
+        z = config.vae.z_channels
+        statistics = {
+            "latent_mean": jnp.zeros(z),
+            "latent_std": jnp.ones(z),
+            "residual_scale": dict.fromkeys(cameras, one),
+        }
     if p:
         statistics["proprio"] = {"mean": jnp.zeros(p), "std": jnp.ones(p), "change": jnp.ones(p)}
     return statistics
@@ -31,7 +39,8 @@ def latent_statistics(
 
     Needed once after training a VAE from scratch; released models keep 0, 1 and 1.
     """
-    bare = {**params, "statistics": neutral_statistics(autoencoder.config, cameras)}
+    neutral = neutral_statistics(autoencoder.config, cameras, transitions.actions.shape[-1])
+    bare = {**params, "statistics": neutral}
     encode = jax.jit(autoencoder.encode)
     now = {c: encode(bare, transitions.observation.images[c]) for c in cameras}
     later = {c: encode(bare, transitions.next_images[c]) for c in cameras}
@@ -54,3 +63,26 @@ def proprio_statistics(config: UMMConfig, transitions: Transition) -> Params:
         "change": jnp.sqrt(jnp.mean(jnp.square(change), 0)) + 1e-6,
     }
     return {"proprio": found}
+
+
+def composition_statistics(
+    config: UMMConfig, cameras: Sequence[str], transitions: Transition
+) -> Params:
+    """The actions' mean and standard deviation per dimension, each view's root mean square change
+    of pixels (of [-1, 1]) and `proprio_statistics`, measured on transitions [N].
+
+    A dimension that never moves counts with a hundredth of the largest deviation.
+    """
+
+    def change(camera):
+        pair = (transitions.next_images[camera], transitions.observation.images[camera])
+        later, now = (np.asarray(x, np.float32) / 127.5 for x in pair)
+        return jnp.asarray(np.sqrt(np.mean(np.square(later - now))) + 1e-6)
+
+    actions = np.asarray(transitions.actions).reshape(-1, transitions.actions.shape[-1])
+    std = actions.std(0)
+    std = np.maximum(std, max(0.01 * std.max(), 1e-6))
+    return {
+        "actions": {"mean": jnp.asarray(actions.mean(0)), "std": jnp.asarray(std)},
+        "pixel_change": {camera: change(camera) for camera in cameras},
+    } | proprio_statistics(config, transitions)

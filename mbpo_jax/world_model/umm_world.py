@@ -25,7 +25,11 @@ from mbpo_jax.world_model.autoencoder import Autoencoder, resize, to_pixels, to_
 from mbpo_jax.world_model.bagel import Tokenizer
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.guidance import Contexts
-from mbpo_jax.world_model.statistics import neutral_statistics
+from mbpo_jax.world_model.statistics import (
+    latent_statistics,
+    neutral_statistics,
+    proprio_statistics,
+)
 
 Moments = Mapping[str, Array]  # per camera, what `Autoencoder.moments` gives
 
@@ -34,13 +38,14 @@ Moments = Mapping[str, Array]  # per camera, what `Autoencoder.moments` gives
 class Frame:
     """One view at one time, ready to condition on.
 
-    pixels: [B, H, W, 3] in [-1, 1]; tokens: clean latent tokens [B, n, v]; features: ViT features
+    pixels: [B, H, W, 3] in [-1, 1]; tokens: clean latent tokens [B, n, v], None where views are
+    composed of pixels; features: ViT features
     [B, m, F], None until something needs them; decoded: the picture [B, H, W, 3] of `tokens`, not
     clipped, None where no residual is added to the frame.
     """
 
     pixels: Array
-    tokens: Array
+    tokens: Array | None
     features: Array | None
     decoded: Array | None = None
 
@@ -91,8 +96,16 @@ class UMMWorld:
         model_key, vae_key = jax.random.split(key)
         params = bagel.init(self.config, self.action_dim, model_key)
         params["vae"] = vae.init(self.config.vae, vae_key)
-        params["statistics"] = neutral_statistics(self.config, self.cameras)
+        params["statistics"] = neutral_statistics(self.config, self.cameras, self.action_dim)
         return params
+
+    def measured(self, params: Params, transitions: Transition) -> Params:
+        """The statistics of these transitions [N], for a model that is trained on them from
+        scratch; what a released model has stays as it is."""
+        found = proprio_statistics(self.config, transitions)
+        if self.config.prediction == "residual":
+            found |= latent_statistics(self.autoencoder, self.cameras, params, transitions)
+        return found
 
     def for_inference(self, params: Params) -> Params:
         """The same model in less memory: the transformers' matrices in the dtype of their products,
@@ -120,7 +133,7 @@ class UMMWorld:
             ValueError: a view is missing, or an image has another shape.
         """
         self._check(observation)
-        batch, (observation,) = _flatten(observation)
+        batch, (observation,) = flatten(observation)
         tokens = self._tokens(params, observation.images, key)
         decoded = dict.fromkeys(self.cameras)
         if self.config.prediction == "residual":
@@ -128,7 +141,7 @@ class UMMWorld:
             parts = jnp.split(self.autoencoder.decode(params, stacked), len(self.cameras))
             decoded = dict(zip(self.cameras, parts))
         found = {c: (tokens[c], decoded[c]) for c in self.cameras}
-        return jax.tree.map(lambda x: _restore(x, batch), found)
+        return jax.tree.map(lambda x: restore(x, batch), found)
 
     def encode(
         self, params: Params, observation: Observation, key: Array, precomputed: Any = None
@@ -147,11 +160,11 @@ class UMMWorld:
         self._check(observation)
         if precomputed is None:
             precomputed = self.precompute(params, observation, key)
-        batch, (observation, known) = _flatten(observation, precomputed)
+        batch, (observation, known) = flatten(observation, precomputed)
         tokens = {c: known[c][0] for c in self.cameras}
         frames = self._frames(params, observation.images, tokens, self._featured)
         frames = {c: frames[c].replace(decoded=known[c][1]) for c in self.cameras}
-        return jax.tree.map(lambda x: _restore(x, batch), WorldState(observation, frames))
+        return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, frames))
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
         """The state k environment steps later: every view, and proprioception if
@@ -164,7 +177,7 @@ class UMMWorld:
             ValueError: the chunk has another shape.
         """
         self._check(state.observation, actions)
-        batch, (state, actions) = _flatten(state, actions)
+        batch, (state, actions) = flatten(state, actions)
         observation = state.observation
         frames = {c: self.seen(params, state.memory[c]) for c in self.cameras}
         prefix = [self._prompt(params, observation)]
@@ -188,7 +201,7 @@ class UMMWorld:
             done[camera] = self._finish(params, camera, frames[camera], tokens)
         images = {c: to_uint8(done[c].pixels) for c in self.cameras}
         observation = observation.replace(images=images, proprio=proprio)
-        return jax.tree.map(lambda x: _restore(x, batch), WorldState(observation, done))
+        return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, done))
 
     def view_tokens(
         self,
@@ -207,11 +220,11 @@ class UMMWorld:
 
     def reward(self, params: Params, state: WorldState) -> Float[Array, "*B"]:
         """P(Yes) [*B] that the task is done, from the first view, in one forward pass."""
-        batch, (state,) = _flatten(state)
+        batch, (state,) = flatten(state)
         features = state.memory[self.cameras[0]].features
         logits = self._answer_logits(params, features, state.observation)
         pair = logits[:, jnp.asarray([self.yes_id, self.no_id])]
-        return _restore(jax.nn.softmax(pair, axis=-1)[:, 0], batch)
+        return restore(jax.nn.softmax(pair, axis=-1)[:, 0], batch)
 
     # Losses
 
@@ -239,7 +252,7 @@ class UMMWorld:
         """
         self._check(transition.observation, transition.actions)
         self._check(transition.observation.replace(images=transition.next_images))
-        _, (transition, moments) = _flatten(transition, moments)
+        _, (transition, moments) = flatten(transition, moments)
         observation = transition.observation
         now, later = moments or (None, None)
         keys = jax.random.split(key, 2 + len(self.cameras))
@@ -299,7 +312,7 @@ class UMMWorld:
             The loss and {"reward/ce", "reward/accuracy"}.
         """
         self._check(example.observation)
-        _, (example,) = _flatten(example)
+        _, (example,) = flatten(example)
         features = self.first_view_features(params, example.observation)
         logits = self._answer_logits(params, features, example.observation)
         is_yes = example.label > 0.5
@@ -444,8 +457,8 @@ class UMMWorld:
             raise ValueError(f"The action chunk is {actions.shape[-2:]}, expected {chunk}.")
 
 
-def _flatten(first, *rest):
-    """Trees with the same batch axes as the first one's, on one axis; and those axes' shape."""
+def flatten(first: Any, *rest: Any) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """The shape of the first tree's batch axes, and all trees with those axes as one."""
     observation = first if isinstance(first, Observation) else first.observation
     batch = jnp.shape(next(iter(observation.images.values())))[:-3]
     size = math.prod(batch)
@@ -456,7 +469,8 @@ def _flatten(first, *rest):
     return batch, jax.tree.map(flat, (first, *rest))
 
 
-def _restore(x, batch):
+def restore(x: Array, batch: tuple[int, ...]) -> Array:
+    """Undoes `flatten` for one array."""
     return x.reshape(*batch, *x.shape[1:])
 
 
@@ -473,13 +487,21 @@ def _check_config(config, tokenizer):
             f"The tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
             f"{config.mot.vocab_size}: raise the latter."
         )
-    choices = {"prediction": ("velocity", "residual"), "actions_as": ("text", "embedding")}
+    choices = {
+        "prediction": ("velocity", "residual", "composed"),
+        "actions_as": ("text", "embedding"),
+    }
     for field, values in choices.items():
         if getattr(config, field) not in values:
             raise ValueError(f"{field} is {getattr(config, field)!r}, expected one of {values}.")
+    if (config.vae is None) != (config.prediction == "composed"):
+        raise ValueError(
+            f"prediction is {config.prediction!r} and vae is {config.vae}: views are composed of "
+            "pixels without an autoencoder, and otherwise made of its latents."
+        )
     if config.evaluate_every < 1:
         raise ValueError(f"evaluate_every is {config.evaluate_every}, expected 1 or more.")
-    stride = config.vae.downsample * config.latent_patch
+    stride = config.token_stride
     if config.vae_image_size % stride or config.latent_side > config.max_latent_side:
         raise ValueError(
             f"vae_image_size {config.vae_image_size} must be a multiple of {stride} and at most "

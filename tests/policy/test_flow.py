@@ -144,3 +144,26 @@ def test_flow_matching_fits_a_mixture():
 def test_unknown_number_of_steps_is_refused():
     with pytest.raises(ValueError, match=r"flow\.steps"):
         FlowConfig(steps=1)
+
+
+def test_matching_log_prob_by_hand():
+    """a = 2, ε = 6: the target is 4 everywhere. Predicted 3 at the first time and 6 at the second:
+    errors 1 and 4, mean 2.5."""
+    chain = flow.MatchingChain(
+        jnp.full((1, 1, 1), 2.0), jnp.array([[0.25, 0.75]]), jnp.full((1, 2, 1, 1), 6.0)
+    )
+
+    def velocity(x, times):
+        np.testing.assert_allclose(x[0, :, 0, 0], [3.0, 5.0])  # t·6 + (1 − t)·2
+        return jnp.array([3.0, 6.0]).reshape(1, 2, 1, 1), x
+
+    np.testing.assert_allclose(flow.matching_log_prob(velocity, chain), [[[-2.5]]], atol=1e-6)
+
+
+def test_matching_samples_as_the_deterministic_flow_does():
+    config = FlowConfig(method="matching", steps=4, matching_pairs=3)
+    noise = jax.random.normal(jax.random.key(0), (5, 1, 2))
+    x, chain, log_prob = flow.sample_matching(mixture_velocity, noise, jax.random.key(1), config)
+    np.testing.assert_allclose(x, flow.sample_ode(mixture_velocity, noise, 4), atol=1e-6)
+    assert (chain.times.shape, log_prob.shape) == ((5, 3), (5, 1, 2))
+    np.testing.assert_array_equal(log_prob, flow.matching_log_prob(mixture_velocity, chain))

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.rl.gae import chunk_discount, generalized_advantages
+from mbpo_jax.rl.gae import chunk_discount, generalized_advantages, leave_one_out
 
 
 def test_two_chunks_by_hand():
@@ -39,3 +39,9 @@ def test_discount_conventions():
     assert chunk_discount(0.99, 10, "reference") == (0.99, 1.0)
     with pytest.raises(ValueError, match="discount_per"):
         chunk_discount(0.99, 10, "step")
+
+
+def test_leave_one_out_by_hand():
+    # (1, 2, 6): others' means 4, 3.5, 1.5; (0, 0, 3): 1.5, 1.5, 0.
+    found = leave_one_out(jnp.array([1.0, 2.0, 6.0, 0.0, 0.0, 3.0]), 3)
+    np.testing.assert_allclose(found, [-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], atol=1e-6)

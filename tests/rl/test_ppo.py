@@ -8,6 +8,7 @@ import pytest
 from mbpo_jax.rl import parity
 from mbpo_jax.rl.gae import PPOBatch
 from mbpo_jax.rl.ppo import PPO, actor_loss
+from mbpo_jax.types import Demonstration
 from tests.toy import CHUNK, ToyPolicy, observation
 
 PPO_FIELDS = ("log_prob", "value", "advantage", "target")
@@ -133,3 +134,29 @@ def test_frozen_parameters_do_not_decay():
     assert frozen["mean"] != 1.0
     # AdamW moves a parameter without gradient by -lr * decay.
     np.testing.assert_allclose(after_update(None)["base"], 1 - 0.1 * 0.5, atol=1e-6)
+
+
+class AnchoredPolicy(ToyPolicy):
+    """Demonstrated actions pull the mean: loss (mean - actions)², gradient 2 (mean - actions)."""
+
+    def loss(self, actor, observation, actions, key):
+        loss = jnp.square(actor["mean"] - actions).mean()
+        return loss, {"loss": loss}
+
+
+def test_the_anchor_pulls_by_its_weight():
+    # The batch is masked, so all gradient is the anchor's: 3 · 2 · (0 - 0.5) = -3, and one step of
+    # Adam moves by the learning rate against its sign.
+    policy = AnchoredPolicy()
+    options = dict(actor_lr=0.01, critic_lr=0.0, weight_decay=0.0, grad_clip=10.0, clip_ratio=0.2)
+    options |= dict(value_clip=0.5, huber_delta=10.0, critic_warmup=0)
+    blank = {name: jnp.zeros(2) for name in (*PPO_FIELDS, "valid")}
+    batch = PPOBatch(observation=observation([0, 0]), chain=jnp.zeros((2, CHUNK, 1)), **blank)
+    shown = Demonstration(observation([0, 0]), jnp.full((2, CHUNK, 1), 0.5), jnp.ones(2, bool))
+    ppo = PPO(policy, anchor_weight=3.0, **options)
+    state, metrics = ppo.update(ppo.init(policy.init()), batch, shown, jax.random.key(0))
+    np.testing.assert_allclose(metrics["actor_grad_norm"], 3.0, atol=1e-6)
+    np.testing.assert_allclose(state.params["actor"]["mean"], 0.01, atol=1e-6)
+    ppo = PPO(policy, **options)
+    state, metrics = ppo.update(ppo.init(policy.init()), batch)
+    np.testing.assert_allclose(metrics["actor_grad_norm"], 0.0, atol=1e-6)

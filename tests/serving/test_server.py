@@ -282,7 +282,7 @@ def test_episodes_over_the_server_equal_those_in_process(checkpoint, served):
         def over_the_server(queries):
             return np.stack([robot.infer(_message(q, instruction))["actions"] for q in queries])
 
-        (here,) = pool.policy_episodes(requests, batched_act(config, policy, params))
+        (here,) = pool.policy_episodes(requests, batched_act(config, policy.act, params))
         (there,) = pool.policy_episodes(requests, over_the_server)
     assert here.episode.success == there.episode.success
     np.testing.assert_array_equal(here.episode.actions, there.episode.actions)

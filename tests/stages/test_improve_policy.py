@@ -47,6 +47,8 @@ def config(**changes) -> ml_collections.ConfigDict:
         "clip_ratio": 0.2,
         "value_clip": 0.5,
         "huber_delta": 10.0,
+        "group_size": 1,
+        "anchor_weight": 0.0,
     }
     parallel = {"fsdp": 1, "rules": (), "world_model": "replicated", "rollout": "shard_map"}
     return ml_collections.ConfigDict(

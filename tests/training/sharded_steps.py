@@ -60,7 +60,7 @@ def models() -> tuple[FlowPolicy, dict, UMMWorld, dict]:
     policy = FlowPolicy(TINY, stats(ACTION_DIM), stats(4), CAMERAS)
     tokenizer = tiny_world.WordTokenizer()
     world = UMMWorld(tiny_world.TINY, CAMERAS, 16, ACTION_DIM, TINY.chunk, tokenizer)
-    statistics = jax.tree.map(np.asarray, neutral_statistics(world.config, CAMERAS))
+    statistics = jax.tree.map(np.asarray, neutral_statistics(world.config, CAMERAS, ACTION_DIM))
     return (
         policy,
         random_tree(policy.init),

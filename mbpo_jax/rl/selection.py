@@ -1,0 +1,61 @@
+"""Acting by choice: several chunks are imagined, and the one that promises most is executed.
+
+No training: it says what the world model and the value know, and what policy optimisation could
+put into the weights (best of N as in MAC; model-predictive control with a policy's proposals).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mbpo_jax.types import Array, Observation, Params, WorldModel
+
+CHOICES = ("best", "worst")
+
+
+def chunk_scores(done: Array, value: Array, discount: float, reward_weight: float) -> Array:
+    """Expected return of chunks: w p + (1 - p) γ V(s'), of P(done) and the value at their ends."""
+    return reward_weight * done + (1.0 - done) * discount * value
+
+
+def best_of(
+    policy: Any,
+    world: WorldModel,
+    count: int,
+    discount: float,
+    reward_weight: float,
+    choice: str = "best",
+) -> Callable[[Params, Observation, Array], Array]:
+    """The acting function `(params, observation [1], key) -> actions [1, k, A]`: of `count` sampled
+    chunks the one with the highest (or lowest) of `chunk_scores`.
+
+    params are {"policy": who samples, "value": whose critic judges, "world": the world model's}.
+    The first candidate is the chunk that `policy.act` gives for the same key.
+
+    Raises:
+        ValueError: fewer than one chunk, or an unknown choice.
+    """
+    if count < 1:
+        raise ValueError(f"best_of is {count}: choose among 1 chunk or more")
+    if choice not in CHOICES:
+        raise ValueError(f"choice is {choice!r}; there are {', '.join(CHOICES)}")
+    pick = jnp.argmax if choice == "best" else jnp.argmin
+
+    def act(params: Params, observation: Observation, key: Array) -> Array:
+        keys = [jax.random.fold_in(key, i) for i in range(1, count)]
+        keys = jnp.stack([key, *keys])
+        chunks = jax.vmap(lambda k: policy.act(params["policy"], observation, k)[0])(keys)
+        if count == 1:
+            return chunks
+        world_key = jax.random.fold_in(key, count)
+        start = world.encode(params["world"], observation, world_key)
+        start = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), start)
+        following = world.step(params["world"], start, chunks, world_key)
+        done = world.reward(params["world"], following)
+        prefix = policy.encode(params["value"], following.observation)
+        value = policy.value(params["value"], prefix)
+        return chunks[pick(chunk_scores(done, value, discount, reward_weight))][None]
+
+    return act

@@ -1,0 +1,149 @@
+"""Stage `value`: the critic is fitted to the returns of recorded episodes before any update."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbpo_jax.data.normalization import read_norm_stats
+from mbpo_jax.data.pipelines import (
+    Source,
+    branch_starts,
+    collate,
+    transitions,
+)
+from mbpo_jax.episode import Episode
+from mbpo_jax.policy import critic
+from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.rl.gae import chunk_discount
+from mbpo_jax.rl.value import auc, chunk_returns, fit_critic
+from mbpo_jax.stages.build import (
+    Config,
+    abstract_params,
+    build_policy,
+    build_world_model,
+    observation_builder,
+)
+from mbpo_jax.stages.finetune_world_model import world_model_episodes
+from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.checkpoints import load_params, save_params
+from mbpo_jax.types import Array, Observation, Params, WorldModel
+from mbpo_jax.world_model import metrics
+
+_BATCH = 64
+
+
+def fit_value(workspace: Workspace, directory: Path) -> dict:
+    """Fits the critic to real frames of the training episodes and to the frames that the world
+    model imagines a chunk after them; writes `critic/` and how well it orders held-out frames.
+
+    With `value.steps` at 0 the critic is a fresh one, as in the paper.
+
+    Raises:
+        StageError: no episode ends behind any frame.
+    """
+    config = workspace.config
+    workspace.require("world_model")
+    sft = workspace.directory("sft")
+    policy = build_policy(config, read_norm_stats(sft / "norm_stats.json"))
+    params = load_params(sft / "policy", abstract_params(policy))
+    if not config.value.steps:
+        save_params(directory / "critic", params["critic"])
+        return {"steps": 0}
+    world = build_world_model(config)
+    world_params = world.for_inference(
+        load_params(workspace.directory("world_model") / "world_model", abstract_params(world))
+    )
+    train, held_out = world_model_episodes(workspace)
+    tables = [
+        value_table(config, policy, params, world, world_params, episodes)
+        for episodes in (train, held_out)
+    ]
+    features, returns = (
+        np.concatenate([tables[0][kind][i] for kind in ("real", "imagined")]) for i in (0, 1)
+    )
+    if not len(returns):
+        raise StageError("no frame of the training episodes has a return to learn a value from")
+    fit = jax.jit(fit_critic, static_argnames="steps")
+    fitted = fit(
+        params["critic"],
+        jnp.asarray(features),
+        jnp.asarray(returns),
+        jax.random.fold_in(jax.random.key(config.seed), 8),
+        steps=config.value.steps,
+    )
+    save_params(directory / "critic", fitted)
+    return {
+        "steps": config.value.steps,
+        "frames": len(returns),
+        "held_out": {kind: quality(fitted, *table) for kind, table in tables[1].items()},
+    }
+
+
+def value_table(
+    config: Config,
+    policy: FlowPolicy,
+    params: Params,
+    world: WorldModel,
+    world_params: Params,
+    episodes: list[Episode],
+) -> dict[str, tuple[Array, Array]]:
+    """The policy's features [N, D] of "real" and of "imagined" frames, and their returns [N].
+
+    Imagined frames follow the recorded chunk; where the episode has ended by then there is none.
+    """
+    rl, builder = config.rl, observation_builder(config)
+    discount, weight = chunk_discount(rl.discount, config.chunk, rl.discount_per)
+
+    def returns(rows):
+        left = [episodes[e].length - episodes[e].timesteps[f] for e, f in rows]
+        success = [bool(episodes[e].success) for e, _ in rows]
+        left, success = np.asarray(left, np.float32), np.asarray(success, bool)
+        return np.asarray(chunk_returns(left, success, config.chunk, discount, weight))
+
+    @jax.jit
+    def features(observation):
+        return policy.encode(params, observation).features
+
+    def all_features(observation: Observation):
+        count = len(observation.proprio)
+        parts = [
+            features(jax.tree.map(lambda x, r=rows: x[r], observation))
+            for rows in np.resize(np.arange(count), (-(-count // _BATCH), _BATCH))
+        ]
+        return np.concatenate([np.asarray(x) for x in parts])[:count]
+
+    nothing = np.zeros((0, policy.config.language.width), np.float32), np.zeros(0, np.float32)
+    starts = branch_starts(episodes, builder)
+    tables = {"real": nothing, "imagined": nothing}
+    if len(starts):
+        observation = collate([starts[i] for i in range(len(starts))])
+        tables["real"] = all_features(observation), returns(starts.index)
+    source: Source = transitions(episodes, builder, config.chunk)
+    goes_on = [
+        episodes[e].length > episodes[e].timesteps[f] or not episodes[e].success
+        for e, _, f in source.index
+    ]
+    source = source.where(np.asarray(goes_on, bool))
+    if len(source):
+        followed = collate([source[i] for i in range(len(source))])
+        key = jax.random.key(config.seed)
+        imagined = metrics.imagine_chunk(world, world_params, followed, key)
+        tables["imagined"] = all_features(imagined), returns(source.index[:, [0, 2]])
+    return tables
+
+
+def quality(layers: Params, features: Array, returns: Array) -> dict:
+    """How a critic's values relate to returns: "auc" of telling episodes that will succeed from
+    those that will not, "r2", and "bins" of rising value (mean value, mean return, frames)."""
+    if not len(returns):
+        return {"frames": 0}
+    value = np.asarray(critic.apply(layers, jnp.asarray(features)).min(axis=0))
+    groups = np.array_split(np.argsort(value, kind="stable"), min(10, len(value)))
+    return {
+        "frames": len(returns),
+        "auc": auc(value, returns > 0),
+        "r2": float(1 - np.square(value - returns).mean() / max(returns.var(), 1e-9)),
+        "bins": [[float(value[g].mean()), float(returns[g].mean()), len(g)] for g in groups],
+    }

@@ -1,0 +1,32 @@
+"""Stage `selection`: the fine-tuned policy acting on the best, on the worst and on one of several
+imagined chunks, from the same random resets: what the world model and the value know."""
+
+from pathlib import Path
+
+from mbpo_jax.stages.build import load_policy, load_selection
+from mbpo_jax.stages.collect import make_pool
+from mbpo_jax.stages.evaluate import reset_requests, run_actors
+from mbpo_jax.stages.workspace import StageError, Workspace
+
+
+def select_chunks(workspace: Workspace, directory: Path) -> dict:
+    """Runs the three ways of acting; writes `episodes_*.jsonl`. "paired_resets" compares the worst
+    chunk with the others.
+
+    Raises:
+        StageError: there is nothing to choose among.
+    """
+    config = workspace.config
+    workspace.require("value")
+    if config.evaluation.best_of < 2:
+        raise StageError(f"evaluation.best_of is {config.evaluation.best_of}: 2 or more chunks")
+    sft = workspace.directory("sft")
+    policy, params = load_policy(config, sft, sft / "policy")
+    actors = {
+        "worst": load_selection(config, workspace.root, sft / "policy", "worst"),
+        "sampled": (policy.act, params),
+        "best": load_selection(config, workspace.root, sft / "policy", "best"),
+    }
+    requests = reset_requests(config, config.selection.resets_per_task)
+    with make_pool(config) as pool:
+        return run_actors(config, pool, actors, requests, directory)

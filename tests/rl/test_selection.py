@@ -1,0 +1,41 @@
+import jax
+import numpy as np
+import pytest
+
+from mbpo_jax.rl.selection import best_of, chunk_scores
+from tests.toy import ToyPolicy, ToyWorld, observation
+
+
+class ActingPolicy(ToyPolicy):
+    def act(self, params, observation, key):
+        return self.sample(params, self.encode(params, observation), key).actions
+
+
+def test_scores_by_hand():
+    # w = 0.9, γ = 0.5: certain success 0.9; certain going on 0.5 · 0.4; half of each 0.45 + 0.1.
+    scores = chunk_scores(np.array([1.0, 0.0, 0.5]), np.array([0.4, 0.4, 0.4]), 0.5, 0.9)
+    np.testing.assert_allclose(scores, [0.9, 0.2, 0.55], atol=1e-6)
+
+
+def test_best_and_worst_of_an_exact_world():
+    # The value grows with the position, so the best chunk is the one that moves farthest.
+    policy, start = ActingPolicy(), observation([0.0])
+    params = policy.init()
+    value = {**params, "critic": {"w": np.array([0.0, 1.0], np.float32)}}
+    arguments = {"policy": params, "value": value, "world": {}}, start, jax.random.key(2)
+    moves = {
+        (count, choice): float(
+            best_of(policy, ToyWorld(), count, 0.9, 1.0, choice)(*arguments).mean()
+        )
+        for count, choice in ((1, "best"), (64, "best"), (64, "worst"))
+    }
+    as_sampled = float(policy.act(params, start, jax.random.key(2)).mean())
+    assert moves[1, "best"] == as_sampled
+    assert moves[64, "best"] > 0.35 > as_sampled > -0.35 > moves[64, "worst"]
+
+
+def test_bad_choices():
+    with pytest.raises(ValueError, match="best_of is 0"):
+        best_of(ActingPolicy(), ToyWorld(), 0, 0.9, 1.0)
+    with pytest.raises(ValueError, match="middle"):
+        best_of(ActingPolicy(), ToyWorld(), 2, 0.9, 1.0, "middle")
