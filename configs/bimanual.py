@@ -47,7 +47,6 @@ def _fit_into_half_an_hour(c: ml_collections.ConfigDict) -> None:
     c.demonstrations.episodes_per_task = 48
     c.sft.steps = 1200
     c.rollouts.episodes_per_task = 30
-    c.world_model.vae_training.steps = 700
     c.world_model.training.steps = 600
     c.rl.updates = 45
     c.rl.critic_warmup = 15

@@ -48,6 +48,8 @@ def get_config(
         _make_small(config)
     config.policy.wrist_cameras = robot.wrist_cameras
     config.policy.chunk = robot.chunk
+    if config.world_model.model.prediction == "composed":
+        config.world_model.model.proprio_dim = robot.state_dim
     config.policy.action_dim = max(config.policy.action_dim, robot.action_dim, robot.state_dim)
     return config.lock()
 
@@ -155,6 +157,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl.flow = ml_collections.ConfigDict(flow)
     c.rl.discount = 0.99  # γ
     c.rl.discount_per = "paper"  # γ per step (γ^k per chunk), or "reference": γ per chunk
+    c.rl.exchange_advantages = False  # a control: each branch has its neighbour's in the group
     c.rl.gae_lambda = 0.95
     c.rl.normalize_advantages = True
     c.rl.reward_threshold = 0.5  # P(Yes) from which a task is done; 0: it is the reward
@@ -280,7 +283,6 @@ def _make_tiny(c: ml_collections.ConfigDict) -> None:
     w.horizon = 2
     w.model.mot.update({"num_layers": 1, "unroll": False})
     w.model.vit.num_layers = 1
-    w.vae_training.update({"steps": 2, "log_every": 1, "batch_size": 2})
     w.training.update({"steps": 2, "log_every": 1})
 
     c.rl.update({"start_states": 4, "imagination_batch": 2, "minibatch_size": 4})
@@ -305,11 +307,15 @@ def _make_small(c: ml_collections.ConfigDict) -> None:
     w = c.world_model
     w.dynamics_batch_size = 64
     w.reward_batch_size = 64
-    w.vae_training.steps = 5000
-    w.vae_training.learning_rate = 5e-4
     w.training.steps = 10_000
-    w.training.learning_rate = 3e-4
+    w.training.learning_rate = 5e-4
+    w.training.matrix_learning_rate = 0.01
 
+    c.value.steps = 5000
+    c.rl.flow.method = "matching"
+    c.rl.flow.steps = 10
+    c.rl.group_size = 16
+    c.rl.reward_threshold = 0.0
     c.rl.start_states = 512
     c.rl.gradient_accumulation = 1
     c.rl.actor_lr = 2e-5

@@ -14,7 +14,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.demonstrations.episodes_per_task = 4
     config.rollouts.episodes_per_task = 4
     config.sft.update({"steps": 60, "checkpoint_every": 5})
-    config.world_model.vae_training.update({"steps": 30, "checkpoint_every": 5})
     config.world_model.training.update({"steps": 30, "checkpoint_every": 5})
     config.rl.updates = 40
     config.evaluation.episodes_per_task = 4

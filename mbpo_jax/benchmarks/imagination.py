@@ -1,11 +1,13 @@
 """Imagined chunks per second, where their time goes, and the same work done the reference's way."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -24,6 +26,7 @@ from mbpo_jax.rl.imagination import ROW_AXES, branch_keys, imagine
 from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
 from mbpo_jax.training.sharding import make_mesh, map_rows, shard_batch
 from mbpo_jax.types import Observation, Params
+from mbpo_jax.world_model import config as world_config
 from mbpo_jax.world_model.umm_world import Frame, UMMWorld
 
 INSTRUCTION = "pick up the book and place it in the back compartment of the caddy"
@@ -116,7 +119,18 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
 
 
 def models(config: Config) -> tuple[FlowPolicy, UMMWorld, Params, Params]:
-    """The config's policy and world model with random parameters, whose predictions vary."""
+    """The config's policy and world model with random parameters, whose predictions vary. The
+    server of the reference speaks latents, so a model of composed views is replaced by one that has
+    as many layers and an autoencoder."""
+    model = config.world_model.model
+    if model.prediction == "composed":
+        name = "latent" if config.image_size == 64 else "latent_small"
+        latent = ml_collections.ConfigDict(dataclasses.asdict(world_config.variant(name)))
+        for part, layers in (("mot", "num_layers"), ("vit", "num_layers")):
+            latent[part][layers] = model[part][layers]
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.world_model.model = latent
     stats = NormStats(*(np.full(config.action_dim, x, np.float32) for x in (0, 1, -1, 1)))
     policy = build_policy(config, {"actions": stats, "state": stats})
     world = build_world_model(config)

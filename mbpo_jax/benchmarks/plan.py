@@ -247,15 +247,18 @@ class _Steps:
 
     def _world_model(self) -> Step:
         section, world = self.config.world_model, self.world
-        encoded = jax.eval_shape(
-            world.autoencoder.moments,
-            self.world_params,
-            self._abstract(self.seen.images[world.cameras[0]][None]),
-        )
-        moments = {camera: np.zeros(encoded.shape[1:], np.float32) for camera in world.cameras}
+        moments = None
+        if world.config.vae:
+            encoded = jax.eval_shape(
+                world.autoencoder.moments,
+                self.world_params,
+                self._abstract(self.seen.images[world.cameras[0]][None]),
+            )
+            of_view = {camera: np.zeros(encoded.shape[1:], np.float32) for camera in world.cameras}
+            moments = of_view, of_view
         transition = Transition(self.seen, self.actions, self.seen.images, self.seen.proprio)
         batch = (
-            self._batch((transition, (moments, moments)), section.dynamics_batch_size),
+            self._batch((transition, moments), section.dynamics_batch_size),
             self._batch(RewardExample(self.seen, np.float32(0)), section.reward_batch_size),
         )
         params = self.world_params
@@ -273,7 +276,9 @@ class _Steps:
         self, name, stage, loss_fn, section, params, frozen, batch, trainable=None
     ) -> Step:
         optimizer = ("learning_rate", "warmup_steps", "steps", "weight_decay", "grad_clip")
-        tx = make_optimizer(**{k: section[k] for k in optimizer}, trainable=trainable)
+        optimizer = {k: section[k] for k in optimizer}
+        optimizer["matrix_learning_rate"] = section.get("matrix_learning_rate", 0.0)
+        tx = make_optimizer(**optimizer, trainable=trainable)
         state = self._placed(jax.eval_shape(partial(initial_state, tx=tx), params))
         step = train_step(loss_fn, tx, section.ema_decay, section.gradient_accumulation)
         program = jit_step(step, jax.tree.map(lambda x: x.sharding, state))

@@ -22,7 +22,7 @@ from mbpo_jax.world_model.umm_world import UMMWorld
 CAMERAS = ("head", "wrist")
 CHUNK, ACTION_DIM, PROMPT = 10, 7, 16  # the recorded times are of one arm with a gripper
 PAPER_GUIDANCE = GuidanceConfig(text_scale=6.0, image_scale=2.0)
-EVALUATIONS = {"micro": 10, "small": 10, "bagel": 49}  # of the network per view
+EVALUATIONS = {"latent": 10, "latent_small": 10, "bagel": 49}  # of the network per view
 
 
 class ReferenceOrder(UMMWorld):
@@ -125,7 +125,8 @@ def sizes() -> dict[str, UMMConfig]:
             vit=dataclasses.replace(config.vit, dtype=dtype),
         )
 
-    return {"tiny": released("micro"), "small": released("small"), "bagel": released("bagel")}
+    names = {"tiny": "latent", "small": "latent_small", "bagel": "bagel"}
+    return {size: released(name) for size, name in names.items()}
 
 
 def run(size: str, batch_sizes: list[int], repeats: int) -> list[dict]:

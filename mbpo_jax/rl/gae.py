@@ -79,6 +79,13 @@ def leave_one_out(returns: Float[Array, "m"], group_size: int) -> Float[Array, "
     return (grouped - others).reshape(-1)
 
 
+def exchanged(branch: Branch, group_size: int) -> Branch:
+    """The control of an experiment: every branch has the advantages of its neighbour in the group,
+    so that updates are as large as before and know nothing of what the chunks led to."""
+    grouped = branch.advantage.reshape(len(branch.advantage), -1, group_size)
+    return branch.replace(advantage=jnp.roll(grouped, 1, axis=2).reshape(branch.advantage.shape))
+
+
 def with_advantages(
     branch: Branch, discount: float, gae_lambda: float, group_size: int = 1
 ) -> Branch:

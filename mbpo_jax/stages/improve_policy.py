@@ -21,7 +21,7 @@ from mbpo_jax.data.pipelines import (
     demonstrations,
     process_rows,
 )
-from mbpo_jax.rl.gae import chunk_discount, learning_batch, with_advantages
+from mbpo_jax.rl.gae import chunk_discount, exchanged, learning_batch, with_advantages
 from mbpo_jax.rl.imagination import (
     ROW_AXES,
     branch_keys,
@@ -327,10 +327,13 @@ def programs(
     _check_divides("rl.start_states", rl.start_states, rl.imagination_batch)
     _check_divides("rl.minibatch_size", minibatch, mesh.size * rl.gradient_accumulation)
     _check_divides("rl.start_states", rl.start_states, mesh.size * rl.group_size)
+    if rl.exchange_advantages and rl.group_size < 2:
+        raise ValueError("rl.exchange_advantages needs rl.group_size of 2 or more")
     slices = rl.start_states // rl.imagination_batch
 
     def advantages(branch: Branch) -> Branch:
-        return with_advantages(branch, discount, rl.gae_lambda, rl.group_size)
+        branch = with_advantages(branch, discount, rl.gae_lambda, rl.group_size)
+        return exchanged(branch, rl.group_size) if rl.exchange_advantages else branch
 
     def imagine_rows(params, world_params, start, rows, key):
         def branch_from(start, keys, precomputed):

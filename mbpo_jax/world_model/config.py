@@ -100,7 +100,47 @@ def micro() -> UMMConfig:
 
 
 def small() -> UMMConfig:
-    """About 60 M parameters; trains from scratch on one GPU."""
+    """About 50 M parameters; trains from scratch on one GPU."""
+    return UMMConfig(
+        mot=MoTConfig(800, 384, 8, 6, 2, 1536, dtype="bfloat16"),
+        vit=NaViTConfig(256, 6, 4, 1024, patch_size=8, max_patches_per_side=16),
+        vae=None,
+        vae_image_size=128,
+        vit_image_size=128,
+        latent_patch=8,
+        max_latent_side=16,
+        prediction="composed",
+        actions_as="embedding",
+        proprio_dim=8,
+        augment_shift=4,
+        augment_colour=0.1,
+        freeze_vit=False,
+    )
+
+
+def latent() -> UMMConfig:
+    """About 2.3 M parameters, with an autoencoder as BAGEL has one: for comparing orders of
+    computation on the same work as the public server's."""
+    return UMMConfig(
+        mot=MoTConfig(800, 128, 3, 4, 2, 256, rope_theta=1e4, unroll=True),
+        vit=NaViTConfig(96, 2, 4, 192, patch_size=16, max_patches_per_side=4),
+        vae=VAEConfig(64, (1,), 1, 32, norm_groups=8, patch_size=8),
+        vae_image_size=64,
+        vit_image_size=64,
+        latent_patch=2,
+        max_latent_side=4,
+        prediction="residual",
+        actions_as="embedding",
+        targets_per_example=2,
+        train_timestep_shift=4.0,
+        sample_timestep_shift=1.0,
+        num_timesteps=2,
+        freeze_vit=False,
+    )
+
+
+def latent_small() -> UMMConfig:
+    """About 60 M parameters; `latent` at the size of `small`."""
     return UMMConfig(
         mot=MoTConfig(800, 384, 8, 6, 2, 1536, dtype="bfloat16"),
         vit=NaViTConfig(256, 6, 4, 1024, patch_size=8, max_patches_per_side=16),
@@ -134,7 +174,13 @@ def bagel() -> UMMConfig:
     )
 
 
-VARIANTS = {"micro": micro, "small": small, "bagel": bagel}
+VARIANTS = {
+    "micro": micro,
+    "small": small,
+    "bagel": bagel,
+    "latent": latent,
+    "latent_small": latent_small,
+}
 
 
 def variant(name: str) -> UMMConfig:

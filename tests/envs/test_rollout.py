@@ -48,6 +48,7 @@ def test_frames_of_a_success_and_of_a_failure():
         np.testing.assert_array_equal(episode.images["head"][:, 0, 0, 0], episode.timesteps)
         return episode.timesteps.tolist()
 
-    assert drawn() == [0, 4, 8, 9, 10, 11, 12, 13]
-    assert drawn(success_frames=1) == [0, 4, 8, 12, 13]
-    assert drawn(max_steps=10) == [0, 4, 8, 10]
+    assert drawn(render_every=4) == [0, 4, 8, 9, 10, 11, 12, 13]
+    assert drawn(render_every=4, success_frames=1) == [0, 4, 8, 12, 13]
+    assert drawn(render_every=4, max_steps=10) == [0, 4, 8, 10]
+    assert drawn(render_every=2, success_frames=1) == [0, 2, 4, 6, 8, 10, 12, 13]

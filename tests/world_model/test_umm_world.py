@@ -337,7 +337,7 @@ def test_bad_config(changes, message):
 
 def test_variants():
     assert isinstance(variant("bagel"), UMMConfig)
-    with pytest.raises(ValueError, match="micro, small, bagel"):
+    with pytest.raises(ValueError, match="micro, small, bagel, latent"):
         variant("mikro")
 
 
