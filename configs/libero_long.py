@@ -173,6 +173,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl.weight_decay = 1e-4
     c.rl.grad_clip = 1.0
     c.rl.clip_ratio = 0.1
+    c.rl.dual_clip = 0.0  # above 1: ratio beyond which a bad chunk no longer counts more
     c.rl.value_clip = 0.5
     c.rl.huber_delta = 10.0
     c.rl.anchor_weight = 0.0  # of the flow-matching loss on demonstrations, in every update

@@ -125,7 +125,9 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
         if name in wanted:
             run_stage(workspace, name, available[name].run)
     if "report" in wanted and jax.process_index() == 0:
-        print(write_report(workspace, always))
+        print(
+            write_report(workspace, [*always, *(["selection"] if "selection" in available else [])])
+        )
     return workspace
 
 

@@ -28,7 +28,8 @@ def test_end_to_end(tmp_path, capsys):
     assert demonstrations["episodes"] == 2
     evaluation = results["stages"]["evaluate"]
     assert evaluation["policies"]["improved"]["episodes"] == 2
-    assert evaluation["paired"]["pairs"] == 2
+    assert evaluation["paired"]["improved"]["pairs"] == 2
+    assert evaluation["policies"]["improved_best"]["episodes"] == 2
     assert set(results["stages"]["world_model"]["fidelity"]) == set(tiny_config().cameras)
 
     page = (tmp_path / "report.html").read_text()

@@ -47,8 +47,13 @@ def actor_loss(
     valid: Float[Array, "*n"],
     clip_low: float,
     clip_high: float,
+    dual_clip: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Clipped surrogate (arXiv 1707.06347, eq. 7), negated to be minimised.
+
+    Args:
+        dual_clip: ratio beyond which a negative advantage no longer counts more (arXiv 1912.09729,
+            eq. 5): without it one chunk that has become likelier can outweigh all others. 0: none.
 
     Returns:
         (loss, metrics): `approx_kl` is the mean of (ρ - 1) - log ρ, which is never negative;
@@ -58,6 +63,8 @@ def actor_loss(
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+    if dual_clip:
+        loss = jnp.where(advantage < 0, jnp.minimum(loss, -advantage * dual_clip), loss)
     outside = (clipped != ratio).astype(ratio.dtype)
     metrics = {
         "approx_kl": masked_mean(ratio - 1.0 - log_ratio, valid),
@@ -102,7 +109,7 @@ class PPO:
         policy: what to optimise.
         actor_lr, critic_lr: AdamW learning rates; gradients are clipped to `grad_clip` (global
             norm, each network on its own).
-        clip_ratio: ε of the surrogate, both signs. value_clip, huber_delta: of the critic's loss.
+        clip_ratio: ε of the surrogate, both signs; dual_clip: see `actor_loss`. value_clip, huber_delta: of the critic's loss.
         critic_warmup: updates that leave the actor as it is.
         anchor_weight: of `policy.loss` on demonstrations, which holds the actor near what it was
             fine-tuned on (DiWA, arXiv 2508.03645); 0 for none, as in the paper.
@@ -124,6 +131,7 @@ class PPO:
         value_clip: float,
         huber_delta: float,
         critic_warmup: int,
+        dual_clip: float = 0.0,
         anchor_weight: float = 0.0,
         trainable: Params | None = None,
         gradient_accumulation: int = 1,
@@ -131,6 +139,7 @@ class PPO:
         self.policy = policy
         self.gradient_accumulation = gradient_accumulation
         self.clip_ratio, self.value_clip, self.huber_delta = clip_ratio, value_clip, huber_delta
+        self.dual_clip = dual_clip
         self.critic_warmup, self.anchor_weight = critic_warmup, anchor_weight
 
         def clipped(tx):
@@ -168,6 +177,7 @@ class PPO:
             batch.valid,
             self.clip_ratio,
             self.clip_ratio,
+            self.dual_clip,
         )
         value_loss = critic_loss(
             value, batch.value, batch.target, batch.valid, self.value_clip, self.huber_delta

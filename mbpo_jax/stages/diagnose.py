@@ -52,7 +52,7 @@ def read_pool(folder: Path) -> list[dict[str, dict]]:
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
         raise StageError(f"{folder} holds no results of runs (*.json)")
-    pool = [json.loads(path.read_text()) for path in paths]
+    pool = [json.loads(path.read_text()).get("stages", {}) for path in paths]
     for path, results in zip(paths, pool):
         if "imagination" not in results.get("world_model", {}):
             raise StageError(

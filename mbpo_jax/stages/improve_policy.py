@@ -297,6 +297,7 @@ def make_ppo(config: Config, policy: Policy, trainable: Params | None = None) ->
         value_clip=rl.value_clip,
         huber_delta=rl.huber_delta,
         critic_warmup=rl.critic_warmup,
+        dual_clip=rl.dual_clip,
         anchor_weight=rl.anchor_weight,
         trainable=trainable,
         gradient_accumulation=rl.gradient_accumulation,

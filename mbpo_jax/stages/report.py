@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mbpo_jax.stages import figures
+from mbpo_jax.stages import diagnose, figures
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.page import Image, Section, Table, png, render
 from mbpo_jax.stages.statistics import f1_text
@@ -39,6 +39,8 @@ def write_report(workspace: Workspace, stages: Sequence[str]) -> str:
     if "imagine" in summaries:
         sections.append(_imagined_section(summaries))
     sections += [build(workspace, summaries) for s, build in builders.items() if s in summaries]
+    if "world_model" in summaries:
+        sections.append(_gates_section(summaries))
     sections.append(_run_section(summaries))
     html = render(
         title=_title(config),
@@ -281,6 +283,20 @@ def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
         for camera, v in s["fidelity"].items()
     ]
     views = Table(("view", "PSNR (dB)", "copy-last-frame", "SSIM", "copy-last-frame"), rows)
+    imagination = s["imagination"]
+    gripper = imagination["gripper_cm"]
+    follows = Table(
+        ("view", "unexplained change", "response to the actions", "gripper read within (cm)"),
+        [
+            (
+                camera,
+                f"{v['unexplained']:.3f}",
+                f"{v['response']:.3f}",
+                f"{gripper[camera]['imagined']:.1f} (real frames {gripper[camera]['real']:.1f})",
+            )
+            for camera, v in imagination["views"].items()
+        ],
+    )
     r = s["reward"]
     reward = Table(
         ("reward, held-out frames", "accuracy", "precision", "recall", "F1 (95 % interval)"),
@@ -307,9 +323,20 @@ def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
         f"{s['parameters'] / 1e6:.2f} M parameters, {s['transitions']} transitions of "
         f"{s['training_episodes']} episodes; measured on {s['held_out_transitions']} transitions "
         f"of {s['held_out_episodes']} held-out episodes. One chunk ahead the model beats "
-        f"copy-last-frame on {len(better)} of {len(s['fidelity'])} views."
+        f"copy-last-frame on {len(better)} of {len(s['fidelity'])} views. Unexplained is the "
+        "squared error as a share of the real squared change (1: copying), the response how much "
+        "the prediction changes when the actions are another transition's."
     )
-    return Section("World model", text, [views, reward], images)
+    return Section("World model", text, [views, follows, reward], images)
+
+
+def _gates_section(summaries: dict) -> Section:
+    rows = [
+        (g.name, f"{g.figure:.3g}", f"{'≤' if g.at_most else '≥'} {g.bound:g}", "✓"[: g.reached])
+        for g in diagnose.gates([summaries])
+    ]
+    text = "What imagination, value, selection and optimisation have to reach to be built on."
+    return Section("Gates", text, [Table(("gate", "figure", "wanted", "reached"), rows)])
 
 
 def _improve_section(workspace: Workspace, summaries: dict) -> Section:

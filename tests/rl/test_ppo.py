@@ -51,6 +51,20 @@ def test_the_clip_range_may_be_asymmetric():
     assert metrics["clip_fraction"] == 1
 
 
+def test_the_dual_clip_bounds_a_bad_chunk():
+    # A = -2 at ratio 5: 10 without, 3 · 2 with a bound of 3, and no gradient; A = 2 stays as it is.
+    def loss(log_ratio, advantage):
+        one = jnp.ones(1)
+        arguments = log_ratio * one, 0 * one, advantage * one, one
+        return actor_loss(*arguments, 0.1, 0.1, dual_clip=3.0)[0]
+
+    high = jnp.log(5.0)
+    np.testing.assert_allclose(loss(high, -2.0), 6.0, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss)(high, -2.0), 0.0, atol=1e-6)
+    np.testing.assert_allclose(loss(jnp.log(2.0), -2.0), 4.0, atol=1e-6)
+    np.testing.assert_allclose(loss(high, 2.0), -2.2, atol=1e-6)
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     policy, count = ToyPolicy(), 8
     params = policy.init()

@@ -59,5 +59,5 @@ def test_a_pool_that_is_none(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"sft": {}}))
     with pytest.raises(StageError, match=r"a\.json"):
         read_pool(tmp_path)
-    (tmp_path / "a.json").write_text(json.dumps({**run(), "sft": {}}))
+    (tmp_path / "a.json").write_text(json.dumps({"stages": {**run(), "sft": {}}}))
     assert [set(r) for r in read_pool(tmp_path)] == [{"world_model", "value", "evaluate"}]

@@ -48,6 +48,7 @@ def config(**changes) -> ml_collections.ConfigDict:
         "value_clip": 0.5,
         "huber_delta": 10.0,
         "group_size": 1,
+        "dual_clip": 0.0,
         "exchange_advantages": False,
         "anchor_weight": 0.0,
     }
