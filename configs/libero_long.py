@@ -3,7 +3,7 @@
 Variants, chosen as `--config=configs/libero_long.py:NAME`:
 
     tiny    one of everything, untrained: for tests of the machinery.
-    micro   2 CPU cores, 24 GiB; everything from scratch; task 5.
+    micro   2 CPU cores, 24 GiB; everything from scratch; task 5; about 50 minutes.
     small   one GPU; from scratch; all ten tasks.
     paper   8 x H100; public π0.5 and BAGEL checkpoints by path (`--config.pretrained.policy=DIR
             --config.pretrained.world_model=DIR` and the two tokenisers).
@@ -249,24 +249,29 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     w.training.ema_decay = 0.995
     w.training.checkpoint_every = 200
 
-    # A network this small is imagined cheaply and moves slowly: fresh branches, all of them in
-    # every update, and larger steps than the paper's 3.3 B parameters take.
     c.evaluation.best_of = 16
     c.value.steps = 2000
+    # 16 chunks from every start, compared with each other by the probability of success and the
+    # value at their ends; small steps on many of them (docs/what_we_tried.md).
     c.rl.flow.method = "matching"
-    c.rl.flow.steps = 5
+    c.rl.flow.steps = 5  # as the policy acts
+    c.rl.branch_chunks = 1
     c.rl.group_size = 16
     c.rl.reward_threshold = 0.0
-    c.rl.start_states = 512
+    c.rl.start_states = 1024
+    c.rl.imagination_batch = 64
+    c.rl.minibatch_size = 256
     c.rl.gradient_accumulation = 1
-    c.rl.imagination_batch = 32
-    c.rl.updates = 72
-    c.rl.updates_per_refill = 3
-    c.rl.value_recompute_every = 3
+    c.rl.updates = 160
+    c.rl.updates_per_refill = 4
+    c.rl.value_recompute_every = 4
     c.rl.checkpoint_every = 20
-    c.rl.critic_warmup = 20
-    c.rl.actor_lr = 4e-5
-    c.rl.critic_lr = 1e-3
+    c.rl.critic_warmup = 0
+    c.rl.actor_lr = 2e-5
+    c.rl.critic_lr = 1e-5
+    c.rl.clip_ratio = 0.2
+    c.rl.dual_clip = 3.0
+    c.rl.anchor_weight = 5.0
 
 
 def _make_tiny(c: ml_collections.ConfigDict) -> None:
@@ -287,7 +292,7 @@ def _make_tiny(c: ml_collections.ConfigDict) -> None:
     w.training.update({"steps": 2, "log_every": 1})
 
     c.rl.update({"start_states": 4, "imagination_batch": 2, "minibatch_size": 4})
-    c.rl.update({"group_size": 2})
+    c.rl.update({"group_size": 2, "branch_chunks": 2, "dual_clip": 0.0})
     c.value.steps = 10
     c.rl.update({"updates": 4, "updates_per_refill": 2, "value_recompute_every": 1})
     c.rl.update({"critic_warmup": 1, "checkpoint_every": 2})

@@ -9,7 +9,7 @@ evaluation in the simulator, report.
     python -m experiments.libero_long --stages=sft,evaluate
 
 Started again in the same working directory, a run continues where it stopped; finished stages are
-skipped. The variant `micro` (the default) takes about half an hour on two CPU cores.
+skipped. The variant `micro` (the default) takes about an hour on two CPU cores.
 """
 
 import contextlib

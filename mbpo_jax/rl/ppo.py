@@ -109,7 +109,8 @@ class PPO:
         policy: what to optimise.
         actor_lr, critic_lr: AdamW learning rates; gradients are clipped to `grad_clip` (global
             norm, each network on its own).
-        clip_ratio: ε of the surrogate, both signs; dual_clip: see `actor_loss`. value_clip, huber_delta: of the critic's loss.
+        clip_ratio: ε of the surrogate, both signs. dual_clip: see `actor_loss`.
+        value_clip, huber_delta: of the critic's loss.
         critic_warmup: updates that leave the actor as it is.
         anchor_weight: of `policy.loss` on demonstrations, which holds the actor near what it was
             fine-tuned on (DiWA, arXiv 2508.03645); 0 for none, as in the paper.

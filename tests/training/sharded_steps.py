@@ -52,6 +52,9 @@ def config(mesh: str, rollout="shard_map", world_model="replicated") -> ml_colle
     c.parallel.update({"rollout": rollout, "world_model": world_model, "fsdp": int(mesh[-1])})
     c.rl.update({"start_states": ROWS, "imagination_batch": 8, "minibatch_size": 16})
     c.rl.update({"gradient_accumulation": 2, "critic_warmup": 0, "updates": 5})
+    c.rl.update({"branch_chunks": 2, "group_size": 2, "anchor_weight": 0.0})
+    c.rl.flow.method = "sde"
+    c.rl.flow.steps = 3
     return c
 
 
