@@ -242,7 +242,7 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     w.dynamics_batch_size = 32
     w.reward_batch_size = 16
     w.reward_weight = 0.1
-    w.training.steps = 1200
+    w.training.steps = 1100
     w.training.learning_rate = 1.5e-3
     w.training.matrix_learning_rate = 0.02
     w.training.weight_decay = 0.05

@@ -108,8 +108,6 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
                 + f" Stages: {', '.join([*available, 'report'])}"
             )
     check_loggers(config.loggers)
-    if config.matmul_precision:
-        jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     workspace = Workspace(workdir, config)
     always = [name for name, stage in available.items() if not stage.on_request]
     wanted = stages or [*always, "report"]
@@ -121,13 +119,12 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
                 f"the stage {name!r} runs in one process, and there are {jax.process_count()}: "
                 f"run it first without the others (--stages={name})"
             )
-    for name in available:
-        if name in wanted:
-            run_stage(workspace, name, available[name].run)
+    with jax.default_matmul_precision(config.get("matmul_precision") or None):
+        for name in available:
+            if name in wanted:
+                run_stage(workspace, name, available[name].run)
     if "report" in wanted and jax.process_index() == 0:
-        print(
-            write_report(workspace, [*always, *(["selection"] if "selection" in available else [])])
-        )
+        print(write_report(workspace, [name for name in available if name != "fidelity"]))
     return workspace
 
 

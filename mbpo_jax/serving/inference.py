@@ -14,8 +14,16 @@ from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.tokenizers import pad_prompt
 from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.stages.build import Config, acting_program, load_policy, policy_tokenizer
-from mbpo_jax.stages.workspace import StageError, read_config
+from mbpo_jax.stages.build import (
+    Act,
+    Config,
+    acting_program,
+    load_policy,
+    load_selection,
+    policy_tokenizer,
+    world_tokenizer,
+)
+from mbpo_jax.stages.workspace import StageError, Workspace, read_config
 from mbpo_jax.types import Observation, Params, Prompt
 
 OPENPI_IMAGES = ("observation/image", "observation/wrist_image")  # of the first two cameras
@@ -34,6 +42,9 @@ class Request(NamedTuple):
 class ServedPolicy:
     """A policy compiled for a few batch sizes.
 
+    Args:
+        act: how it acts with `params`; `policy.act` by default.
+
     Attributes:
         metadata: what a client is told of it on connection.
         max_batch: requests that `infer` takes at most.
@@ -45,15 +56,21 @@ class ServedPolicy:
         policy: FlowPolicy,
         params: Params,
         batch_sizes: Sequence[int] = (1, 4, 16),
+        act: Act | None = None,
     ):
         self._config, self._params = config, params
         self._state_dim = len(policy.proprio_stats.mean)
-        tokenizer = policy_tokenizer(config)
+        readers = [(policy_tokenizer(config), config.policy.max_prompt_tokens)]
+        if act is not None:  # a world model reads the instruction too
+            readers.append((world_tokenizer(config), config.world_model.max_prompt_tokens))
 
         @functools.lru_cache(maxsize=1024)
-        def tokenize(instruction: str) -> Prompt:
-            ids, length = tokenizer.encode(instruction), config.policy.max_prompt_tokens
-            return pad_prompt(ids, length, instruction, tokenizer.pad_id)
+        def tokenize(instruction: str) -> tuple[Prompt, Prompt]:
+            prompts = [
+                pad_prompt(tokenizer.encode(instruction), length, instruction, tokenizer.pad_id)
+                for tokenizer, length in readers
+            ]
+            return prompts[0], prompts[-1]
 
         self._tokenize = tokenize
         self._image_keys = {
@@ -69,13 +86,14 @@ class ServedPolicy:
             "action_horizon": config.chunk,
         }
         self.max_batch = max(batch_sizes)
-        self._programs = self._compile(acting_program(policy.act, config.seed), sorted(batch_sizes))
+        self._programs = self._compile(
+            acting_program(act or policy.act, config.seed), sorted(batch_sizes)
+        )
 
     def _compile(self, program, batch_sizes: Sequence[int]) -> dict:
         size = self._config.image_size
         images = {camera: np.zeros((size, size, 3), np.uint8) for camera in self._config.cameras}
-        prompt = self._tokenize("")
-        blank = Observation(images, np.zeros(self._state_dim, np.float32), prompt, prompt)
+        blank = Observation(images, np.zeros(self._state_dim, np.float32), *self._tokenize(""))
         programs = {}
         for batch in tqdm(batch_sizes, desc="compiling batch sizes"):
             observations = collate([blank] * batch)
@@ -99,8 +117,7 @@ class ServedPolicy:
         instruction = message.get(INSTRUCTION)
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"{INSTRUCTION!r} must be a text that is not empty")
-        prompt = self._tokenize(instruction)
-        observation = Observation(images, self._state(message), prompt, prompt)
+        observation = Observation(images, self._state(message), *self._tokenize(instruction))
         return Request(
             observation, tuple(_whole(message, key, i) for key, i in zip(IDENTITY, identity))
         )
@@ -143,12 +160,19 @@ class ServedPolicy:
         return state
 
 
-def load(checkpoint: Path, batch_sizes: Sequence[int]) -> ServedPolicy:
+def load(checkpoint: Path, batch_sizes: Sequence[int], best_of: int = 1) -> ServedPolicy:
     """The policy that the stage `sft` or `improve` left in its folder `checkpoint`.
 
+    Args:
+        best_of: above 1 it acts on the best of so many imagined chunks, by the world model and the
+            value of the same run (`rl.selection`).
+
     Raises:
-        StageError: there is none.
+        StageError: there is none, or nothing to choose by.
+        ValueError: a `best_of` below 1.
     """
+    if best_of < 1:
+        raise ValueError(f"best_of is {best_of}: choose among 1 chunk or more")
     checkpoint = Path(checkpoint).absolute()
     if not (checkpoint / "policy").is_dir():
         raise StageError(
@@ -156,13 +180,18 @@ def load(checkpoint: Path, batch_sizes: Sequence[int]) -> ServedPolicy:
             "a working directory, such as runs/libero_long_micro/improve"
         )
     config = read_config(checkpoint.parent)
-    if (
-        "rl" not in config
-    ):  # a run that ends with `sft`; acting does not depend on the flow's entries
-        with config.unlocked():
-            config.rl = {"flow": dataclasses.asdict(FlowConfig())}
+    with config.unlocked():
+        config.rl = config.get("rl", {})
+        if "flow" not in config.rl:  # before `improve`; acting does not depend on its entries
+            config.rl.flow = dataclasses.asdict(FlowConfig())
     policy, params = load_policy(config, checkpoint.parent / "sft", checkpoint / "policy")
-    return ServedPolicy(config, policy, params, batch_sizes)
+    if best_of == 1:
+        return ServedPolicy(config, policy, params, batch_sizes)
+    Workspace(checkpoint.parent, config).require("value")
+    with config.unlocked():
+        config.evaluation = {"best_of": best_of}
+    act, params = load_selection(config, checkpoint.parent, checkpoint / "policy")
+    return ServedPolicy(config, policy, params, batch_sizes, act)
 
 
 def _whole(message: Mapping, key: str, default: int) -> int:

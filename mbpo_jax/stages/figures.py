@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-POLICY_COLORS = {"sft": "#8da0cb", "improved": "#e07b39"}
+POLICY_COLORS = {"sft": "#8da0cb", "improved": "#e07b39", "improved_best": "#5a9367"}
 COLORS = ("#e07b39", "#3b6ea5", "#5a9367", "#9b5094", "#b8a13a", "#7a7a7a")
 plt.rcParams.update(
     {

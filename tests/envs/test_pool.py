@@ -136,7 +136,8 @@ def test_episodes_do_not_depend_on_the_number_of_workers(book_env):
     """Two workers in a pool against this process, on the real simulator."""
     from mbpo_jax.envs.rollout import run_policy
 
-    asked = [EpisodeRequest(5, seed=seed, max_steps=25, video_size=32) for seed in (0, 1, 2)]
+    options = {"max_steps": 25, "render_every": 10, "video_size": 32}
+    asked = [EpisodeRequest(5, seed=seed, **options) for seed in (0, 1, 2)]
     with EnvPool("libero_10", 2, image_size=64) as pool:
         results = {r.request: r for r in pool.policy_episodes(asked, noise_policy, "noise")}
     assert set(results) == set(asked)

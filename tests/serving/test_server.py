@@ -262,6 +262,13 @@ def test_a_folder_without_a_policy_is_refused(checkpoint):
         load(checkpoint.parent, SIZES)
 
 
+def test_choosing_needs_a_value_and_something_to_choose_among(checkpoint):
+    with pytest.raises(ValueError, match="best_of is 0"):
+        load(checkpoint, SIZES, best_of=0)
+    with pytest.raises(StageError, match="'value' has not finished"):
+        load(checkpoint, SIZES, best_of=2)
+
+
 @pytest.mark.libero
 def test_episodes_over_the_server_equal_those_in_process(checkpoint, served):
     pytest.importorskip("libero", reason="the simulator is not installed (extra: libero)")

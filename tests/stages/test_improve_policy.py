@@ -122,6 +122,43 @@ def test_the_return_improves_in_an_exact_world(tmp_path):
     assert params["actor"]["mean"] > 0.3
 
 
+@pytest.mark.trains
+def test_groups_learn_from_what_their_own_chunks_led_to(tmp_path):
+    # The control, whose branches have their neighbours' advantages, must not.
+    changes = {"group_size": 4, "start_states": 64, "imagination_batch": 16, "updates": 40}
+    means = {
+        exchanged: float(
+            optimize(tmp_path / str(exchanged), exchange_advantages=exchanged, **changes)["actor"][
+                "mean"
+            ]
+        )
+        for exchanged in (False, True)
+    }
+    assert means[False] > 0.2
+    assert abs(means[True]) < 0.15
+
+
+def test_a_group_starts_from_one_state(tmp_path, monkeypatch):
+    branches = []
+    monkeypatch.setattr(
+        improve_policy, "_branch_metrics", lambda branch: branches.append(branch) or {}
+    )
+    optimize(tmp_path, group_size=4, updates=1)
+    (branch,) = branches
+    start = branch.observation.proprio[0].reshape(4, 4)
+    np.testing.assert_array_equal(start, start[:, :1].repeat(4, axis=1))
+    assert len(np.unique(start)) == 4
+    # Leave-one-out: the first chunks' advantages sum to zero in every group.
+    advantage = np.asarray(branch.advantage[0]).reshape(4, 4)
+    np.testing.assert_allclose(advantage.sum(1), 0.0, atol=1e-5)
+
+
+def test_starts_that_are_done_are_found():
+    source = Source(lambda i, f: start_at(2 * i, f), [(i, 0) for i in range(16)])
+    done = improve_policy.done_at_start(config(), ToyWorld(), {}, source)
+    np.testing.assert_array_equal(done, [0.4 + i / 16 > 1 for i in range(16)])
+
+
 def test_the_warm_up_leaves_the_actor_alone(tmp_path):
     params = optimize(tmp_path, updates=5)
     assert float(params["actor"]["mean"]) == 0.0
