@@ -157,7 +157,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl.flow = ml_collections.ConfigDict(flow)
     c.rl.discount = 0.99  # γ
     c.rl.discount_per = "paper"  # γ per step (γ^k per chunk), or "reference": γ per chunk
-    c.rl.exchange_advantages = False  # a control: each branch has its neighbour's in the group
+    c.rl.exchange_advantages = False  # a control: each group has its neighbour's
     c.rl.gae_lambda = 0.95
     c.rl.normalize_advantages = True
     c.rl.reward_threshold = 0.5  # P(Yes) from which a task is done; 0: it is the reward

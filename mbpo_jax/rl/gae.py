@@ -80,10 +80,12 @@ def leave_one_out(returns: Float[Array, "m"], group_size: int) -> Float[Array, "
 
 
 def exchanged(branch: Branch, group_size: int) -> Branch:
-    """The control of an experiment: every branch has the advantages of its neighbour in the group,
-    so that updates are as large as before and know nothing of what the chunks led to."""
-    grouped = branch.advantage.reshape(len(branch.advantage), -1, group_size)
-    return branch.replace(advantage=jnp.roll(grouped, 1, axis=2).reshape(branch.advantage.shape))
+    """The control of an experiment: every group has the advantages of its neighbour, so that
+    updates are as large as before and know nothing of what the chunks led to.
+
+    Within a group they would: `leave_one_out` of the others falls with one's own return.
+    """
+    return branch.replace(advantage=jnp.roll(branch.advantage, group_size, axis=1))
 
 
 def with_advantages(

@@ -328,8 +328,8 @@ def programs(
     _check_divides("rl.start_states", rl.start_states, rl.imagination_batch)
     _check_divides("rl.minibatch_size", minibatch, mesh.size * rl.gradient_accumulation)
     _check_divides("rl.start_states", rl.start_states, mesh.size * rl.group_size)
-    if rl.exchange_advantages and rl.group_size < 2:
-        raise ValueError("rl.exchange_advantages needs rl.group_size of 2 or more")
+    if rl.exchange_advantages and rl.start_states < 2 * mesh.size * rl.group_size:
+        raise ValueError("rl.exchange_advantages needs two groups or more on every device")
     slices = rl.start_states // rl.imagination_batch
 
     def advantages(branch: Branch) -> Branch:

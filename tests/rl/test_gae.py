@@ -2,7 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.rl.gae import chunk_discount, generalized_advantages, leave_one_out
+from mbpo_jax.rl.gae import (
+    chunk_discount,
+    exchanged,
+    generalized_advantages,
+    leave_one_out,
+)
+from mbpo_jax.types import Branch
 
 
 def test_two_chunks_by_hand():
@@ -45,3 +51,10 @@ def test_leave_one_out_by_hand():
     # (1, 2, 6): others' means 4, 3.5, 1.5; (0, 0, 3): 1.5, 1.5, 0.
     found = leave_one_out(jnp.array([1.0, 2.0, 6.0, 0.0, 0.0, 3.0]), 3)
     np.testing.assert_allclose(found, [-3.0, -1.5, 4.5, -1.5, -1.5, 3.0], atol=1e-6)
+
+
+def test_groups_exchange_their_advantages():
+    # Groups (1, 2), (3, 4) and (5, 6) of two branches: each has those of the group before it.
+    blank = dict.fromkeys(Branch.__dataclass_fields__)
+    branch = Branch(**{**blank, "advantage": jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])})
+    np.testing.assert_array_equal(exchanged(branch, 2).advantage, [[5, 6, 1, 2, 3, 4]])
