@@ -45,7 +45,8 @@ def imagine(
         chunks: n, the branch length; for full-horizon imagination the episode's.
         reward_threshold: the reward is 1 where the decoded probability is above this. At 0 it is
             the probability itself, and a branch goes on with the weight of its not having ended:
-            `done` and `valid` are probabilities then.
+            `done` and `valid` are probabilities then, `done` and the reward those of a branch that
+            has come so far.
         reward_weight: what a reward at a chunk's last step counts (`chunk_discount`).
 
     Returns:
@@ -70,7 +71,7 @@ def imagine(
                 "actions": sample.actions,
                 "log_prob": sample.log_prob,
                 "value": value,
-                "reward": reward_weight * done * alive,
+                "reward": reward_weight * done * (alive if reward_threshold else 1.0),
                 "done": done,
                 "valid": alive,
             }

@@ -400,7 +400,7 @@ def _check_divides(name: str, size: int, multiple: int) -> None:
 def _branch_statistics(branch: Branch) -> dict[str, Array]:
     return {
         "imagined_success": 1.0 - jnp.prod(1.0 - branch.done, axis=0).mean(),
-        "imagined_return": branch.reward.sum(0).mean(),
+        "imagined_return": (branch.reward * branch.valid).sum(0).mean(),
         "imagined_value": (branch.value * branch.valid).sum() / branch.valid.sum(),
         "imagined_advantage_std": jnp.sqrt((jnp.square(branch.advantage[0])).mean()),
         "imagined_action_size": jnp.abs(branch.actions).mean(),

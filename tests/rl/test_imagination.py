@@ -125,3 +125,21 @@ def test_memory_does_not_grow_with_branches_or_chunks_beyond_what_is_stored():
     assert working_memory(64, 4) < few + one_branch
     assert working_memory(4, 4, chunks=16) < few + one_branch
     assert working_memory(64, 64) > 8 * few
+
+
+class UnsureWorld(ToyWorld):
+    def reward(self, params, state):
+        return jnp.full(len(state.observation.proprio), 0.25)
+
+
+def test_a_probability_as_reward_counts_the_way_there_once():
+    # P(done) = 1/4 after each of two chunks, w = 0.8, γ = 0.5, λ = 1, no value: the return is
+    # 0.8 · (1/4 + 0.5 · 3/4 · 1/4) = 0.275.
+    policy = ToyPolicy()
+    options = {"chunks": 2, "reward_threshold": 0.0, "reward_weight": 0.8}
+    branch = imagine(
+        policy, UnsureWorld(), policy.init(), {}, observation([0.0]), keys(0, 1), **options
+    )
+    np.testing.assert_allclose(branch.reward[:, 0], [0.2, 0.2], atol=1e-6)
+    np.testing.assert_allclose(branch.valid[:, 0], [1.0, 0.75], atol=1e-6)
+    np.testing.assert_allclose(with_advantages(branch, 0.5, 1.0).target[0], 0.275, atol=1e-6)
