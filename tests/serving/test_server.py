@@ -281,7 +281,7 @@ def test_episodes_over_the_server_equal_those_in_process(checkpoint, served):
         config.pretrained.world_tokenizer = ""
     policy, params = load_policy(config, checkpoint, checkpoint / "policy")
     instruction = task_info(config.suite, 0).instruction
-    requests = [EpisodeRequest(task_id=0, seed=7, max_steps=6)]
+    requests = [EpisodeRequest(task_id=0, seed=7, max_steps=6, render_every=4)]
 
     with make_pool(config) as pool, serving_in_thread(served) as (port, _):
         robot = client(port)
