@@ -297,7 +297,7 @@ class _Steps:
         placement = frozen_weight_sharding(weights, mesh, self.rules, config.parallel.world_model)
         at_rest, in_use = (jax.tree.map(_with_sharding, weights, where) for where in placement)
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        refill, revalue, update = programs(config, self.policy, self.world, ppo, mesh, shardings)
+        refill, revalue, _, update = programs(config, self.policy, self.world, ppo, mesh, shardings)
         one = self._abstract(jax.tree.map(lambda x: x[None], self.seen))
         precomputed = jax.eval_shape(self.world.precompute, weights, one, self.key)
         precomputed = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), precomputed)

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from mbpo_jax.envs import libero, suites
-from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
+from mbpo_jax.envs.requests import (
+    BranchRequest,
+    BranchResult,
+    EpisodeRequest,
+    EpisodeResult,
+    Query,
+)
 from mbpo_jax.envs.worker import EnvSettings, Job
 from mbpo_jax.envs.workers import Backend, Death, LocalBackend, Worker
 
@@ -89,7 +95,8 @@ class EnvPool:
         expert cannot achieve, no OpenGL), and RuntimeError when an episode has killed its worker
         three times.
         """
-        yield from self._run([Job(request, None) for request in requests], None)
+        for _, result in self._run([Job(request) for request in requests], None):
+            yield result
 
     def policy_episodes(
         self,
@@ -103,11 +110,21 @@ class EnvPool:
         actions float [q, k, A]. Which queries come together depends on timing, so for repeatable
         episodes it must treat each by itself. Raises as `expert_episodes` does.
         """
-        yield from self._run([Job(request, source) for request in requests], act)
+        for _, result in self._run([Job(request, source) for request in requests], act):
+            yield result
+
+    def branches(
+        self, requests: Iterable[BranchRequest]
+    ) -> Iterator[tuple[BranchRequest, BranchResult]]:
+        """Continues episodes from moments in them. Results come as they finish, in any order, each
+        with its request. Raises as `expert_episodes` does."""
+        for job, result in self._run([Job(request) for request in requests], None):
+            yield job.request, result
 
     def _run(
         self, jobs: list[Job], act: Callable[[list[Query]], np.ndarray] | None
-    ) -> Iterator[EpisodeResult]:
+    ) -> Iterator[tuple[Job, Any]]:
+        """Yields every job with its result."""
         for task_id in sorted({job.request.task_id for job in jobs}):
             suites.task_info(self._settings.suite, task_id)  # a wrong task fails here, not later
         pending = collections.deque(jobs)
@@ -125,10 +142,10 @@ class EnvPool:
                 for seat, message in self._messages(busy):
                     if isinstance(message, Query):
                         asking.append((seat, message))
-                    elif isinstance(message, EpisodeResult):
-                        seat.job = None
+                    elif isinstance(message, (EpisodeResult, BranchResult)):
+                        finished, seat.job = seat.job, None
                         self._assign(pending)  # it works on while the caller has the result
-                        yield message
+                        yield finished, message
                     elif isinstance(message, Death):
                         failures[seat.job] += 1
                         if failures[seat.job] >= _MAX_FAILURES:

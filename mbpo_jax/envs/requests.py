@@ -63,3 +63,30 @@ class Query:
     chunk_index: int
     images: dict[str, np.ndarray]
     proprio: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BranchRequest:
+    """Several continuations of one episode from the same moment.
+
+    start: how the episode began. before: float [t, A], what was executed until the moment.
+    chunks: float [G, s, A], what is executed from there, G times.
+    """
+
+    start: EpisodeRequest
+    before: np.ndarray
+    chunks: np.ndarray
+
+    @property
+    def task_id(self) -> int:
+        return self.start.task_id
+
+
+@dataclasses.dataclass
+class BranchResult:
+    """What a `BranchRequest` led to: frames camera -> uint8 [G, H, W, 3], proprioception float32
+    [G, P] and success bool [G], s steps later or at success if that came first."""
+
+    images: dict[str, np.ndarray]
+    proprio: np.ndarray
+    success: np.ndarray

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from mbpo_jax.envs.recording import Recorder
-from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
+from mbpo_jax.envs.requests import (
+    BranchRequest,
+    BranchResult,
+    EpisodeRequest,
+    EpisodeResult,
+    Query,
+)
 from mbpo_jax.envs.simulator import RobosuiteEnv
 from mbpo_jax.episode import strided_timesteps
 
@@ -100,3 +106,27 @@ def run_policy(
     episode = recorder.episode(request, source, timesteps, sent, sent, drawn)
     video = recorder.video(request.video_size)
     return EpisodeResult(request, episode, video, time.perf_counter() - started)
+
+
+def run_branches(env: RobosuiteEnv, request: BranchRequest) -> BranchResult:
+    """The continuations of an episode that is executed once more up to the moment they share.
+
+    Raises ValueError when the episode ends before that moment.
+    """
+    env.max_steps = request.start.max_steps
+    env.reset_to(request.start)
+    for action in request.before:
+        env.step(action)
+    if env.success:
+        raise ValueError(f"{request.start} has succeeded within {len(request.before)} steps")
+    moment = env.snapshot()
+    seen = []
+    for actions in request.chunks:
+        env.restore(moment)
+        for action in actions:
+            if env.step(action):
+                break
+        seen.append((*env.observe(), env.success))
+    images, proprio, success = zip(*seen)
+    views = {camera: np.stack([x[camera] for x in images]) for camera in env.cameras}
+    return BranchResult(views, np.stack(proprio), np.array(success))

@@ -6,6 +6,7 @@ from the simulator here; that happens when the first environment is made.
 
 import abc
 import contextlib
+import copy
 import difflib
 import logging
 import sys
@@ -212,6 +213,42 @@ class RobosuiteEnv(abc.ABC):
         self._refresh_poses()
         return self._render(image_size or self.image_size)
 
+    def snapshot(self) -> Any:
+        """All that decides what happens next, for `restore` in this episode: MuJoCo's state with
+        the solver's warm start, and the numbers and arrays that robosuite's objects hold."""
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.empty(mujoco.mj_stateSize(self.model, kind))
+        mujoco.mj_getState(self.model, self.data, physics, kind)
+        held = [
+            {name: copy.deepcopy(x) for name, x in vars(holder).items() if _is_data(x)}
+            for holder in self._holders()
+        ]
+        return physics, held, self._reached.copy(), self.num_steps, self.success
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to a `snapshot` of this episode."""
+        import mujoco
+
+        physics, held, reached, self.num_steps, self.success = snapshot
+        self._reached[:] = reached
+        # What is computed from the state must be there too: controllers read it before a step.
+        mujoco.mj_setState(self.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        for holder, data in zip(self._holders(), held):
+            vars(holder).update(copy.deepcopy(data))
+        self._refresh_poses()
+
+    def _holders(self) -> list[Any]:
+        """robosuite's objects that remember something from one step to the next."""
+        robots = self.simulation.robots
+        return [
+            self.simulation,
+            *robots,
+            *(robot.controller for robot in robots),
+            *(robot.gripper for robot in robots),
+        ]
+
     def close(self) -> None:
         """Frees the simulator and its renderer."""
         self._make_current()  # freed in another environment's context, it would free that one's
@@ -246,6 +283,10 @@ class RobosuiteEnv(abc.ABC):
         if factor == 1:
             return np.ascontiguousarray(frame)
         return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def _is_data(x: Any) -> bool:
+    return x is None or isinstance(x, (bool, int, float, np.ndarray, np.generic))
 
 
 @contextlib.contextmanager

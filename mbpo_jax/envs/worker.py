@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mbpo_jax.envs import suites
-from mbpo_jax.envs.requests import EpisodeRequest, Query
-from mbpo_jax.envs.rollout import run_expert, run_policy
+from mbpo_jax.envs.requests import BranchRequest, EpisodeRequest, Query
+from mbpo_jax.envs.rollout import run_branches, run_expert, run_policy
 from mbpo_jax.envs.simulator import RobosuiteEnv
 
 
@@ -31,10 +31,11 @@ class EnvSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """An episode for a worker; `source` is None for the expert, else the policy's name."""
+    """An episode for a worker, `source` being None for the expert, else the policy's name; or
+    branches of one."""
 
-    request: EpisodeRequest
-    source: str | None
+    request: EpisodeRequest | BranchRequest
+    source: str | None = None
 
 
 class Worker:
@@ -46,6 +47,8 @@ class Worker:
 
     def run(self, job: Job) -> Any:
         env = self._environment(job.request.task_id)
+        if isinstance(job.request, BranchRequest):
+            return run_branches(env, job.request)
         if job.source is None:
             return run_expert(env, job.request, suites.expert_actions)
         return run_policy(env, job.request, self._ask, job.source)

@@ -6,27 +6,34 @@ from mbpo_jax.models.gemma import GemmaConfig
 from mbpo_jax.models.layers import LayerLoop
 from mbpo_jax.models.siglip import SiglipConfig
 
+FLOW_METHODS = ("sde", "noise", "matching", "smooth")
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
     """The flow as a distribution over chunks, used in policy optimisation."""
 
     # "sde": one random stochastic step; "noise": every step is Gaussian; "matching": deterministic
-    # steps, and the flow-matching loss of the whole chunk stands for its log-probability.
+    # steps, and the flow-matching loss of the whole chunk stands for its log-probability; "smooth":
+    # deterministic steps, then Gaussian noise that varies slowly within the chunk.
     method: str = "sde"
     steps: int = 3  # denoising steps N
     matching_pairs: int = 4  # "matching": (time, noise) pairs at which a chunk's loss is taken
     noise_level: float = 0.5  # a of Flow-SDE
-    noise_std: float = 0.1  # standard deviation of a Flow-Noise step when it is not learned
+    # Standard deviation of a Flow-Noise step when it is not learned, and of each smooth mode.
+    noise_std: float = 0.1
+    smooth_modes: int = 1  # "smooth": cosines in time that the noise is made of; 1: a constant
     learned_noise: bool = False  # Flow-Noise: a small network gives the deviation
     noise_std_range: tuple[float, float] = (0.08, 0.16)  # bounds of the learned deviation
     noise_widths: tuple[int, ...] = (128, 64)  # hidden layers of the noise network
 
     def __post_init__(self):
-        if self.method not in ("sde", "noise", "matching"):
+        if self.method not in FLOW_METHODS:
             raise ValueError(
-                f'unknown flow.method {self.method!r}: use "sde", "noise" or "matching"'
+                f"unknown flow.method {self.method!r}; there are {', '.join(FLOW_METHODS)}"
             )
+        if self.smooth_modes < 1:
+            raise ValueError(f"flow.smooth_modes is {self.smooth_modes}: use 1 or more")
         if self.matching_pairs < 1:
             raise ValueError(f"flow.matching_pairs is {self.matching_pairs}: use 1 or more")
         if self.steps < 2:

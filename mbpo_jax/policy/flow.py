@@ -8,6 +8,10 @@ Gaussian noise to every step and uses the joint density of the whole chain. *Mat
 deterministic sampler, and the flow-matching loss of a chunk, at times and noises that are stored
 with it, stands for its negative log-probability (FPO, arXiv 2507.21053): so all that made a chunk
 what it is has a part in the gradient, its initial noise too, which the other two give no credit.
+*Smooth* adds to the deterministic sampler's chunk one Gaussian draw for each of a few slow modes in
+time (a cosine basis; the first is a constant): noise that differs from step to step averages out
+within a chunk, noise that does not moves the arm. The density is that of the chunk's modes around
+those of the flow from the same initial noise, and its gradient passes through every denoise step.
 
 A velocity function takes x [B, M, k, D] and times, M states of each example at M times, and gives
 the velocity [B, M, k, D] and the features behind it [B, M, k, W]. Times come as `at(t)`, t being
@@ -59,6 +63,14 @@ class MatchingChain:
     actions: jax.Array
     times: jax.Array
     noise: jax.Array
+
+
+@struct.dataclass
+class SmoothChain:
+    """The initial noise [B, k, D] of a chunk and its modes [B, m, D]."""
+
+    noise: jax.Array
+    modes: jax.Array
 
 
 def sample_times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -281,6 +293,44 @@ def matching_log_prob(
     x, target = interpolate(chain.actions[:, None], chain.noise, chain.times)
     predicted, _ = velocity(x, at(chain.times))
     return -jnp.square(predicted - target).mean(axis=1)
+
+
+def mode_basis(modes: int, chunk: int) -> np.ndarray:
+    """Cosines over the steps of a chunk, float32 [m, k], orthogonal, each with mean square 1."""
+    phase = np.pi * np.arange(modes)[:, None] * (np.arange(chunk) + 0.5) / chunk
+    scale = np.where(np.arange(modes) == 0, 1.0, math.sqrt(2))
+    return (scale[:, None] * np.cos(phase)).astype(np.float32)
+
+
+def _modes(x: jax.Array, config: FlowConfig) -> jax.Array:
+    """[B, k, D] -> [B, m, D]."""
+    steps = x.shape[1]
+    return jnp.einsum("mk,bkd->bmd", mode_basis(config.smooth_modes, steps) / steps, x)
+
+
+def sample_smooth(
+    velocity: VelocityFunction,
+    noise: jax.Array,
+    key: jax.Array,
+    config: FlowConfig,
+    at: TimeFunction = _itself,
+) -> tuple[jax.Array, SmoothChain, jax.Array]:
+    """The deterministic sampler's chunk plus smooth noise of deviation `config.noise_std` in every
+    mode: [B, k, D], its chain, and `smooth_log_prob` [B, m, D]."""
+    x = sample_ode(velocity, noise, config.steps, at)
+    mean = _modes(x, config)
+    draw = config.noise_std * jax.random.normal(key, mean.shape)
+    x = x + jnp.einsum("mk,bmd->bkd", mode_basis(config.smooth_modes, x.shape[1]), draw)
+    chain = SmoothChain(noise, mean + draw)
+    return x, chain, gaussian_log_prob(chain.modes, mean, jnp.asarray(config.noise_std))
+
+
+def smooth_log_prob(
+    velocity: VelocityFunction, chain: SmoothChain, config: FlowConfig, at: TimeFunction = _itself
+) -> jax.Array:
+    """Elementwise log-probability [B, m, D] of a chunk's modes."""
+    mean = _modes(sample_ode(velocity, chain.noise, config.steps, at), config)
+    return gaussian_log_prob(chain.modes, mean, jnp.asarray(config.noise_std))
 
 
 def _for_all(time: Any) -> Any:

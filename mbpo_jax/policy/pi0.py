@@ -1,5 +1,6 @@
 """The policy: a flow-matching distribution over action chunks in the robot's units."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from mbpo_jax.models.normalization import NormStats, normalize, unnormalize
 from mbpo_jax.policy import augment, critic, flow, inputs, lora, network
-from mbpo_jax.policy.config import Pi0Config
+from mbpo_jax.policy.config import FlowConfig, Pi0Config
 from mbpo_jax.policy.network import Prefix
 from mbpo_jax.types import ActionSample, Array, Observation, Params
 
@@ -62,6 +63,11 @@ class FlowPolicy:
         features = self.config.language.width
         return {"actor": actor, "critic": critic.init(critic_key, features, self.config.critic)}
 
+    def with_flow(self, config: FlowConfig) -> "FlowPolicy":
+        """The same policy as another distribution over chunks; it takes the same parameters."""
+        config = dataclasses.replace(self.config, flow=config)
+        return FlowPolicy(config, self.action_stats, self.proprio_stats, self.cameras)
+
     def for_inference(self, params: Params) -> Params:
         """The same policy, faster wherever no gradient is computed: every method takes these
         parameters and gives the same result."""
@@ -85,8 +91,7 @@ class FlowPolicy:
         return self._encode(params["actor"], observation, camera_mask)
 
     def sample(self, params: Params, prefix: Prefix, key: jax.Array) -> ActionSample:
-        """A stochastic chunk by Flow-SDE, Flow-Noise or the sampler of `act`, as
-        `config.flow.method` says."""
+        """A stochastic chunk, in the way that `config.flow.method` says."""
         actor, config = params["actor"], self.config.flow
         start_key, key = jax.random.split(key)
         noise = self._noise(start_key, prefix)
@@ -95,6 +100,8 @@ class FlowPolicy:
             x, chain, log_prob = flow.sample_sde(velocity_at, noise, key, config, at)
         elif config.method == "matching":
             x, chain, log_prob = flow.sample_matching(velocity_at, noise, key, config, at)
+        elif config.method == "smooth":
+            x, chain, log_prob = flow.sample_smooth(velocity_at, noise, key, config, at)
         else:
             x, chain, log_prob = flow.sample_noise(
                 velocity_at, self._std(actor), noise, key, config, at
@@ -109,6 +116,8 @@ class FlowPolicy:
             return self._sum(flow.sde_log_prob(velocity_at, chain, config, at))
         if config.method == "matching":
             return self._sum(flow.matching_log_prob(velocity_at, chain, at))
+        if config.method == "smooth":
+            return self._sum(flow.smooth_log_prob(velocity_at, chain, config, at))
         return self._sum(flow.noise_log_prob(velocity_at, self._std(actor), chain, config, at))
 
     def values(self, params: Params, prefix: Prefix) -> jax.Array:

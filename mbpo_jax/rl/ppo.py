@@ -257,3 +257,11 @@ class PPO:
             ),
             metrics,
         )
+
+
+def gradient_agreement(ppo: PPO, params: Params, one: PPOBatch, other: PPOBatch) -> Array:
+    """Cosine between the actor's gradients on two independent batches: how much of a gradient is
+    signal. Of one batch that share is about c, of N of them together N c / (1 + (N - 1) c)."""
+    gradients = [ppo.gradient(params, batch)[0]["actor"] for batch in (one, other)]
+    norms = [optax.tree.norm(gradient) for gradient in gradients]
+    return optax.tree.vdot(*gradients) / jnp.maximum(norms[0] * norms[1], 1e-12)

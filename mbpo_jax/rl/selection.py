@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mbpo_jax.types import Array, Observation, Params, WorldModel
 
-CHOICES = ("best", "worst")
+CHOICES = ("worst", "random", "best")
 
 
 def chunk_scores(done: Array, value: Array, discount: float, reward_weight: float) -> Array:
@@ -28,11 +28,13 @@ def best_of(
     reward_weight: float,
     choice: str = "best",
 ) -> Callable[[Params, Observation, Array], Array]:
-    """The acting function `(params, observation [1], key) -> actions [1, k, A]`: of `count` sampled
-    chunks the one with the highest (or lowest) of `chunk_scores`.
+    """The acting function `(params, observation [1], key) -> actions [1, k, A]`: of `count` chunks
+    the one with the highest (or lowest) of `chunk_scores`, or a "random" one.
+
+    The first of them is the chunk that `policy.act` gives for the same key, the others are sampled
+    as in policy optimisation, with its exploration.
 
     params are {"policy": who samples, "value": whose critic judges, "world": the world model's}.
-    The first candidate is the chunk that `policy.act` gives for the same key.
 
     Raises:
         ValueError: fewer than one chunk, or an unknown choice.
@@ -41,14 +43,18 @@ def best_of(
         raise ValueError(f"best_of is {count}: choose among 1 chunk or more")
     if choice not in CHOICES:
         raise ValueError(f"choice is {choice!r}; there are {', '.join(CHOICES)}")
-    pick = jnp.argmax if choice == "best" else jnp.argmin
+    pick = jnp.argmin if choice == "worst" else jnp.argmax
 
     def act(params: Params, observation: Observation, key: Array) -> Array:
-        keys = [jax.random.fold_in(key, i) for i in range(1, count)]
-        keys = jnp.stack([key, *keys])
-        chunks = jax.vmap(lambda k: policy.act(params["policy"], observation, k)[0])(keys)
+        first = policy.act(params["policy"], observation, key)
         if count == 1:
-            return chunks
+            return first
+        prefix = policy.encode(params["policy"], observation)
+        keys = jnp.stack([jax.random.fold_in(key, i) for i in range(1, count)])
+        others = jax.vmap(lambda k: policy.sample(params["policy"], prefix, k).actions[0])(keys)
+        chunks = jnp.concatenate([first, others])
+        if choice == "random":
+            return chunks[jax.random.randint(jax.random.fold_in(key, 0), (1,), 0, count)]
         world_key = jax.random.fold_in(key, count)
         start = world.encode(params["world"], observation, world_key)
         start = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), start)

@@ -14,9 +14,11 @@ from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.envs.suites import task_info
 from mbpo_jax.episode import Episode
+from mbpo_jax.policy.config import FlowConfig
+from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import Act, Config, acting_program, load_policy, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
-from mbpo_jax.types import Params
+from mbpo_jax.types import Array, Observation, Params
 
 MAX_ATTEMPTS_PER_DEMONSTRATION = 4
 ROLLOUT_SEED_OFFSET = 50_000  # demonstrations and rollouts never share a random reset
@@ -122,7 +124,7 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
         for i in range(config.rollouts.episodes_per_task)
     ]
     with make_pool(config) as pool:
-        act = batched_act(config, policy.act, params)
+        act = batched_act(config, exploring(policy, config.rollouts.noise_std), params)
         missing = [r for r in requests if _name(r) not in set(spool.names())]
         results = pool.policy_episodes(missing, act, source="sft")
         for result in progress(results, "rollouts", len(missing)):
@@ -137,6 +139,20 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
         "frames": int(sum(len(e.timesteps) for e in episodes)),
         "worker_restarts": restarts,
     }
+
+
+def exploring(policy: FlowPolicy, noise_std: float) -> Act:
+    """`policy.act`, or with a `noise_std` its chunks with smooth noise (`policy.flow`)."""
+    if not noise_std:
+        return policy.act
+    steps = policy.config.eval_steps
+    explorer = policy.with_flow(FlowConfig(method="smooth", steps=steps, noise_std=noise_std))
+
+    def act(params: Params, observation: Observation, key: Array) -> Array:
+        prefix = explorer.encode(params, observation)
+        return explorer.sample(params, prefix, key).actions
+
+    return act
 
 
 def make_pool(config: Config) -> EnvPool:

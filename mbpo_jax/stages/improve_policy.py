@@ -1,6 +1,7 @@
 """Stage `improve`: PPO on branches imagined by the world model."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from mbpo_jax.data.pipelines import (
     demonstrations,
     process_rows,
 )
+from mbpo_jax.envs.simulated_world import SimulatedWorld
+from mbpo_jax.episode import Episode
 from mbpo_jax.rl.gae import chunk_discount, exchanged, learning_batch, with_advantages
 from mbpo_jax.rl.imagination import (
     ROW_AXES,
@@ -29,7 +32,7 @@ from mbpo_jax.rl.imagination import (
     imagine_in_microbatches,
     recompute_values,
 )
-from mbpo_jax.rl.ppo import PPO, PPOState
+from mbpo_jax.rl.ppo import PPO, PPOState, gradient_agreement
 from mbpo_jax.stages.build import (
     Config,
     abstract_params,
@@ -38,6 +41,7 @@ from mbpo_jax.stages.build import (
     checkpoint_origin,
     observation_builder,
 )
+from mbpo_jax.stages.collect import make_pool
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import Checkpoints, load_params, save_params
@@ -67,14 +71,10 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
     sft = workspace.directory("sft")
     stats = read_norm_stats(sft / "norm_stats.json")
     policy = build_policy(config, stats)
-    world = build_world_model(config)
     layout = make_mesh(config.parallel.fsdp), config.parallel.rules
     shapes = abstract_params(policy, *layout)
     params = load_params(sft / "policy", shapes)
     params["critic"] = load_params(workspace.directory("value") / "critic", shapes["critic"])
-    world_params = load_params(
-        workspace.directory("world_model") / "world_model", abstract_params(world, *layout)
-    )
     episodes, _ = world_model_episodes(workspace)
     builder = observation_builder(config)
     starts = branch_starts(episodes, builder)
@@ -85,22 +85,25 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
             f"rl.start_states_from is {config.rl.start_states_from!r}; choose 'dataset' (branched "
             "rollouts) or 'episode_start' (full-horizon imagination)"
         )
-    judged_done = done_at_start(config, world, world_params, starts)
     demonstrated = read_episodes(workspace.directory("demonstrations") / "dataset")
-    improved = optimize_policy(
-        config,
-        policy,
-        world,
-        params,
-        world.for_inference(world_params),
-        starts.where(~judged_done),
-        demonstrations(demonstrated, builder),
-        directory=directory,
-        origin=checkpoint_origin(
-            config, ["policy", "rl"], {name: vars(x) for name, x in stats.items()}
-        ),
-        trainable=policy.trainable(params)["actor"],
-    )
+    with _world(config, workspace, episodes) as (world, world_params):
+        if isinstance(world, SimulatedWorld):
+            starts = starts.where(np.array([world.knows(x) for x in starts], bool))
+        judged_done = done_at_start(config, world, world_params, starts)
+        improved = optimize_policy(
+            config,
+            policy,
+            world,
+            params,
+            world_params,
+            starts.where(~judged_done),
+            demonstrations(demonstrated, builder),
+            directory=directory,
+            origin=checkpoint_origin(
+                config, ["policy", "rl"], {name: vars(x) for name, x in stats.items()}
+            ),
+            trainable=policy.trainable(params)["actor"],
+        )
     save_params(directory / "policy", improved)
     history = read_metrics(directory / "metrics.jsonl")
     imagined = [r["imagined_success"] for r in history if "imagined_success" in r]
@@ -112,6 +115,23 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
         "imagined_success_last": imagined[-1],
         "imagined_chunks": len(imagined) * config.rl.start_states * config.rl.branch_chunks,
     }
+
+
+@contextlib.contextmanager
+def _world(
+    config: Config, workspace: Workspace, episodes: Sequence[Episode]
+) -> Iterator[tuple[WorldModel, Params]]:
+    """The world that branches are rolled out in, and its parameters for inference."""
+    if config.rl.world == "simulator":
+        with make_pool(config) as pool:
+            yield SimulatedWorld(pool, episodes, config.rl.branch_chunks), {}
+    elif config.rl.world == "world_model":
+        world = build_world_model(config)
+        layout = make_mesh(config.parallel.fsdp), config.parallel.rules
+        directory = workspace.directory("world_model") / "world_model"
+        yield world, world.for_inference(load_params(directory, abstract_params(world, *layout)))
+    else:
+        raise StageError(f"rl.world is {config.rl.world!r}; choose 'world_model' or 'simulator'")
 
 
 def done_at_start(
@@ -171,7 +191,7 @@ def optimize_policy(
     state = jax.jit(ppo.init, out_shardings=shardings)(jax.device_put(params, shardings.params))
     at_rest = frozen_weight_sharding(world_params, mesh, rules, config.parallel.world_model)[0]
     world_params = jax.device_put(world_params, at_rest)
-    refill, revalue, update = programs(config, policy, world, ppo, mesh, shardings)
+    refill, revalue, agreement, update = programs(config, policy, world, ppo, mesh, shardings)
     key = jax.random.key(config.seed + 4)
     starts = _precomputed(config, world, world_params, starts, mesh)
 
@@ -224,6 +244,7 @@ def optimize_policy(
                     fresh = jax.random.fold_in(key, i)
                     branch = refill(state.params, world_params, starts_at(i), fresh)
                     scalars |= (imagined := _branch_metrics(branch))
+                    scalars |= jax.tree.map(float, agreement(state.params, branch))
                 elif i % rl.value_recompute_every == 0:
                     branch = revalue(state.params, branch)
                 stop = asked_to_stop(i)
@@ -307,15 +328,16 @@ def make_ppo(config: Config, policy: Policy, trainable: Params | None = None) ->
 def programs(
     config: Config, policy: Policy, world: WorldModel, ppo: PPO, mesh: Mesh, shardings: PPOState
 ):
-    """The three compiled programs of the loop.
+    """The compiled programs of the loop.
 
     Args:
         shardings: of the state that `update` takes (and whose buffers it reuses).
 
     Returns:
         refill: `(params, world_params, (start, precomputed), key) -> Branch`. revalue: `(params,
-            Branch) -> Branch`, with the current critic's values. update: `(PPOState, Branch, key,
-            demonstrations or None) -> (PPOState, metrics)`.
+            Branch) -> Branch`, with the current critic's values. agreement: `(params, Branch) ->
+            metrics`, see `gradient_agreement`; none of a refill too small to halve. update:
+            `(PPOState, Branch, key, demonstrations or None) -> (PPOState, metrics)`.
 
     Raises:
         ValueError: sizes of the `rl` section that do not divide each other or the devices.
@@ -377,9 +399,22 @@ def programs(
         chosen = jax.lax.with_sharding_constraint(chosen, batch_sharding(mesh))
         return ppo.update(state, chosen, anchors, key)
 
+    unit = mesh.size * rl.gradient_accumulation
+    half = min(minibatch, chunks // 2) // unit * unit
+
+    def agreement(params, branch):
+        if not half:
+            return {}
+        batch = learning_batch(branch, rl.normalize_advantages)
+        halves = [
+            jax.tree.map(lambda x, at=at: x[at : at + half], batch) for at in (0, chunks // 2)
+        ]
+        halves = jax.lax.with_sharding_constraint(halves, batch_sharding(mesh))
+        return {"gradient_agreement": gradient_agreement(ppo, params, *halves)}
+
     update = on_mesh(skip_nonfinite(update), mesh)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
-    return refill, revalue, update
+    return refill, revalue, jax.jit(on_mesh(agreement, mesh)), update
 
 
 def branch_sharding(branch: Branch, mesh: Mesh) -> Branch:

@@ -1,8 +1,9 @@
-"""Stage `selection`: the fine-tuned policy acting on the best, on the worst and on one of several
-imagined chunks, from the same random resets: what the world model and the value know."""
+"""Stage `selection`: the fine-tuned policy acting on the best, the worst and a random one of some
+chunks, from the same random resets: what the world model and the value know."""
 
 from pathlib import Path
 
+from mbpo_jax.rl.selection import CHOICES
 from mbpo_jax.stages.build import load_policy, load_selection
 from mbpo_jax.stages.collect import make_pool
 from mbpo_jax.stages.evaluate import reset_requests, run_actors
@@ -10,8 +11,8 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 
 
 def select_chunks(workspace: Workspace, directory: Path) -> dict:
-    """Runs the three ways of acting; writes `episodes_*.jsonl`. "paired_resets" compares the worst
-    chunk with the others.
+    """Runs these ways of acting, and the policy as it acts alone ("sampled"); writes
+    `episodes_*.jsonl`. "paired_resets" compares the worst chunk with the others.
 
     Raises:
         StageError: there is nothing to choose among.
@@ -23,10 +24,9 @@ def select_chunks(workspace: Workspace, directory: Path) -> dict:
     sft = workspace.directory("sft")
     policy, params = load_policy(config, sft, sft / "policy")
     actors = {
-        "worst": load_selection(config, workspace.root, sft / "policy", "worst"),
-        "sampled": (policy.act, params),
-        "best": load_selection(config, workspace.root, sft / "policy", "best"),
+        choice: load_selection(config, workspace.root, sft / "policy", choice) for choice in CHOICES
     }
+    actors["sampled"] = policy.act, params
     requests = reset_requests(config, config.selection.resets_per_task)
     with make_pool(config) as pool:
         return run_actors(config, pool, actors, requests, directory)

@@ -1,5 +1,6 @@
 """Supervised training: a state, one jitted step, and a loop that survives a kill."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
+from jax.tree_util import KeyPath
 from tqdm import tqdm
 
 from mbpo_jax.gradients import summed_value_and_grad
@@ -65,8 +67,8 @@ def make_optimizer(
         muon = optax.contrib.muon(
             schedule(matrix_learning_rate),
             weight_decay=weight_decay,
-            muon_weight_dimension_numbers=lambda params: jax.tree.map(
-                lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params
+            muon_weight_dimension_numbers=partial(
+                jax.tree_util.tree_map_with_path, _matrix_dimensions
             ),
         )
         tx = optax.partition({"matrix": muon, "other": tx}, _layer_matrices)
@@ -75,12 +77,31 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
 
 
-def _layer_matrices(params: Params) -> Params:
-    """ "matrix" for the kernels [layer, in, out] of stacks of layers, else "other"."""
+# Input and output axes of the matrices in stacks of layers, by a pattern of their names; what is
+# left are more matrices of the same kind (layers, and the two halves of a gate).
+_MATRICES = (
+    (r"encoderblock/.*/(query|key|value)/kernel$", (-3,), (-2, -1)),
+    (r"encoderblock/.*/out/kernel$|attn_vec_einsum(_1)?/w$", (-3, -2), (-1,)),
+    (r"(q|kv)_einsum(_1)?/w$", (-2,), (-3, -1)),
+    (r"(encoderblock|layers)/.*(kernel|gating_einsum|linear)$", (-2,), (-1,)),
+)
 
-    def label(path, x):
-        names = [entry.key for entry in path if hasattr(entry, "key")]
-        return "matrix" if "layers" in names and names[-1] == "kernel" and x.ndim == 3 else "other"
+
+def _matrix_dimensions(path: KeyPath, x: Array) -> optax.contrib.MuonDimensionNumbers | None:
+    name = "/".join(str(entry.key) for entry in path if hasattr(entry, "key"))
+    for pattern, inputs, outputs in _MATRICES:
+        if re.search(pattern, name):
+            return optax.contrib.MuonDimensionNumbers(
+                tuple(x.ndim + axis for axis in inputs), tuple(x.ndim + axis for axis in outputs)
+            )
+    return None
+
+
+def _layer_matrices(params: Params) -> Params:
+    """Which optimiser moves what: "matrix" for the matrices in stacks of layers, else "other"."""
+
+    def label(path: KeyPath, x: Array) -> str:
+        return "other" if _matrix_dimensions(path, x) is None else "matrix"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

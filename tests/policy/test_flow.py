@@ -167,3 +167,39 @@ def test_matching_samples_as_the_deterministic_flow_does():
     np.testing.assert_allclose(x, flow.sample_ode(mixture_velocity, noise, 4), atol=1e-6)
     assert (chain.times.shape, log_prob.shape) == ((5, 3), (5, 1, 2))
     np.testing.assert_array_equal(log_prob, flow.matching_log_prob(mixture_velocity, chain))
+
+
+def test_modes_are_orthogonal_with_mean_square_one():
+    basis = flow.mode_basis(3, 10)
+    np.testing.assert_allclose(basis @ basis.T / 10, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(flow.mode_basis(2, 2), [[1, 1], [1, -1]], atol=1e-6)
+
+
+def test_smooth_noise_by_hand():
+    """A flow that keeps its noise: the chunk differs from it by 1 and 3 in the first dimension, so
+    its constant mode by 2 and the other by (1 - 3) / 2 = -1; with deviation 2 the quadratic terms
+    are -1/2 and -1/8."""
+    config = FlowConfig(method="smooth", steps=2, noise_std=2.0, smooth_modes=2)
+
+    def still(x, times):
+        return jnp.zeros_like(x), x
+
+    noise = jax.random.normal(jax.random.key(0), (1, 2, 1))
+    chunk = noise + jnp.array([1.0, 3.0])[None, :, None]
+    modes = jnp.einsum("mk,bkd->bmd", flow.mode_basis(2, 2), chunk) / 2
+    chain = flow.SmoothChain(noise, modes)
+    constant = -np.log(2) - 0.5 * np.log(2 * np.pi)
+    expected = [[[constant - 0.5], [constant - 0.125]]]
+    np.testing.assert_allclose(flow.smooth_log_prob(still, chain, config), expected, atol=1e-6)
+
+
+def test_smooth_samples_lie_around_the_deterministic_flow():
+    config = FlowConfig(method="smooth", steps=4, noise_std=0.3)
+    noise = jax.random.normal(jax.random.key(0), (2000, 5, 2))
+    x, chain, log_prob = flow.sample_smooth(mixture_velocity, noise, jax.random.key(1), config)
+    moved = np.asarray(x - flow.sample_ode(mixture_velocity, noise, 4))
+    np.testing.assert_allclose(moved - moved[:, :1], 0, atol=1e-5)  # the same at every step
+    assert abs(moved[:, 0].std() - 0.3) < 0.015
+    assert log_prob.shape == (2000, 1, 2)
+    again = flow.smooth_log_prob(mixture_velocity, chain, config)
+    np.testing.assert_allclose(again, log_prob, atol=1e-5)

@@ -34,6 +34,16 @@ def test_best_and_worst_of_an_exact_world():
     assert moves[64, "best"] > 0.35 > as_sampled > -0.35 > moves[64, "worst"]
 
 
+def test_a_random_choice_knows_nothing_of_the_scores():
+    policy, start = ActingPolicy(), observation([0.0])
+    params = {"policy": policy.init(), "value": policy.init(), "world": {}}
+    act = jax.jit(best_of(policy, ToyWorld(), 16, 0.9, 1.0, "random"))
+    moves = [float(act(params, start, jax.random.key(i)).mean()) for i in range(200)]
+    # The mean of a chunk's two actions deviates by 0.3 / sqrt(2).
+    assert abs(np.mean(moves)) < 0.05
+    assert abs(np.std(moves) - 0.3 / 2**0.5) < 0.04
+
+
 def test_bad_choices():
     with pytest.raises(ValueError, match="best_of is 0"):
         best_of(ActingPolicy(), ToyWorld(), 0, 0.9, 1.0)

@@ -158,7 +158,7 @@ def network_steps(mesh: str, trainings=TRAININGS, world_model="replicated") -> d
     state = jax.device_put(state, shardings)
     at_rest = frozen_weight_sharding(world_params, placed, RULES, world_model)[0]
     world_params = jax.device_put(world_params, at_rest)
-    refill, _, update = programs(settings, policy, world, ppo, placed, shardings)
+    refill, _, _, update = programs(settings, policy, world, ppo, placed, shardings)
     start = seen(0), world.precompute(world_params, seen(0), key)
     branch = refill(state.params, world_params, shard_batch(start, placed), key)
     state, metrics = update(state, branch, key)
