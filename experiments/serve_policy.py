@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         default=1,
         help="above 1: act on the best of so many chunks, by the run's world model and value",
     )
+    parser.add_argument(
+        "--best_of_chunks", type=int, default=1, help="how far each of them is imagined"
+    )
     parser.add_argument("--max_message_mib", type=float, default=16.0)
     parser.add_argument(
         "--requests_per_second", type=float, default=100.0, help="limit of one connection"
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         if api_key == "":
             raise ValueError(f"{options.api_key_file} holds no key")
         policy_server = server.PolicyServer(
-            inference.load(options.checkpoint, sizes, options.best_of),
+            inference.load(options.checkpoint, sizes, options.best_of, options.best_of_chunks),
             api_key=api_key,
             max_message_bytes=int(options.max_message_mib * 2**20),
             requests_per_second=options.requests_per_second,

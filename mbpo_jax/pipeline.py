@@ -64,7 +64,10 @@ STAGES = {
     "fidelity": Stage(study_fidelity, ("fidelity",), "world_model", on_request=True),
     "value": Stage(fit_value, ("value", "rl.discount", "rl.discount_per"), "world_model"),
     "selection": Stage(
-        select_chunks, ("selection", "evaluation.best_of", "rl.flow"), "value", on_request=True
+        select_chunks,
+        ("selection", "evaluation.best_of", "evaluation.best_of_chunks", "rl.flow"),
+        "value",
+        on_request=True,
     ),
     "improve": Stage(improve_policy, ("rl",), "value", shared=True),
     "evaluate": Stage(evaluate, ("evaluation",), "improve"),

@@ -27,12 +27,14 @@ def best_of(
     discount: float,
     reward_weight: float,
     choice: str = "best",
+    chunks: int = 1,
 ) -> Callable[[Params, Observation, Array], Array]:
-    """The acting function `(params, observation [1], key) -> actions [1, k, A]`: of `count` chunks
-    the one with the highest (or lowest) of `chunk_scores`, or a "random" one.
+    """The acting function `(params, observation [1], key) -> actions [1, k, A]`: of `count` samples
+    the one with the highest (or lowest) expected return, or a "random" one.
 
     The first of them is the chunk that `policy.act` gives for the same key, the others are sampled
-    as in policy optimisation, with its exploration.
+    as in policy optimisation, with its exploration. Each is imagined, then what `policy.act` would
+    do behind it, `chunks` chunks in all, and the value counts at the end of that.
 
     params are {"policy": who samples, "value": whose critic judges, "world": the world model's}.
 
@@ -41,6 +43,8 @@ def best_of(
     """
     if count < 1:
         raise ValueError(f"best_of is {count}: choose among 1 chunk or more")
+    if chunks < 1:
+        raise ValueError(f"best_of_chunks is {chunks}: imagine 1 chunk or more")
     if choice not in CHOICES:
         raise ValueError(f"choice is {choice!r}; there are {', '.join(CHOICES)}")
     pick = jnp.argmin if choice == "worst" else jnp.argmax
@@ -52,16 +56,26 @@ def best_of(
         prefix = policy.encode(params["policy"], observation)
         keys = jnp.stack([jax.random.fold_in(key, i) for i in range(1, count)])
         others = jax.vmap(lambda k: policy.sample(params["policy"], prefix, k).actions[0])(keys)
-        chunks = jnp.concatenate([first, others])
+        samples = jnp.concatenate([first, others])
         if choice == "random":
-            return chunks[jax.random.randint(jax.random.fold_in(key, 0), (1,), 0, count)]
-        world_key = jax.random.fold_in(key, count)
-        start = world.encode(params["world"], observation, world_key)
-        start = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), start)
-        following = world.step(params["world"], start, chunks, world_key)
-        done = world.reward(params["world"], following)
-        prefix = policy.encode(params["value"], following.observation)
-        value = policy.value(params["value"], prefix)
-        return chunks[pick(chunk_scores(done, value, discount, reward_weight))][None]
+            return samples[jax.random.randint(jax.random.fold_in(key, 0), (1,), 0, count)]
+        return samples[pick(expected_return(params, observation, samples, key))][None]
+
+    def expected_return(params: Params, observation: Observation, actions: Array, key: Array):
+        key = jax.random.fold_in(key, count)
+        state = world.encode(params["world"], observation, key)
+        state = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), state)
+        done = []
+        for i in range(chunks):
+            if i:
+                actions = policy.act(
+                    params["policy"], state.observation, jax.random.fold_in(key, i)
+                )
+            state = world.step(params["world"], state, actions, jax.random.fold_in(key, -i - 1))
+            done.append(world.reward(params["world"], state))
+        score = policy.value(params["value"], policy.encode(params["value"], state.observation))
+        for probability in reversed(done):
+            score = chunk_scores(probability, score, discount, reward_weight)
+        return score
 
     return act

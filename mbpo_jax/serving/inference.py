@@ -160,16 +160,18 @@ class ServedPolicy:
         return state
 
 
-def load(checkpoint: Path, batch_sizes: Sequence[int], best_of: int = 1) -> ServedPolicy:
+def load(
+    checkpoint: Path, batch_sizes: Sequence[int], best_of: int = 1, best_of_chunks: int = 1
+) -> ServedPolicy:
     """The policy that the stage `sft` or `improve` left in its folder `checkpoint`.
 
     Args:
         best_of: above 1 it acts on the best of so many imagined chunks, by the world model and the
-            value of the same run (`rl.selection`).
+            value of the same run (`rl.selection`), `best_of_chunks` ahead.
 
     Raises:
         StageError: there is none, or nothing to choose by.
-        ValueError: a `best_of` below 1.
+        ValueError: a `best_of` or `best_of_chunks` below 1.
     """
     if best_of < 1:
         raise ValueError(f"best_of is {best_of}: choose among 1 chunk or more")
@@ -189,7 +191,7 @@ def load(checkpoint: Path, batch_sizes: Sequence[int], best_of: int = 1) -> Serv
         return ServedPolicy(config, policy, params, batch_sizes)
     Workspace(checkpoint.parent, config).require("value")
     with config.unlocked():
-        config.evaluation = {"best_of": best_of}
+        config.evaluation = {"best_of": best_of, "best_of_chunks": best_of_chunks}
     act, params = load_selection(config, checkpoint.parent, checkpoint / "policy")
     return ServedPolicy(config, policy, params, batch_sizes, act)
 

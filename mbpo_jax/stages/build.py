@@ -111,6 +111,7 @@ def load_selection(
         config.evaluation.best_of,
         *chunk_discount(rl.discount, config.chunk, rl.discount_per),
         choice=choice,
+        chunks=config.evaluation.best_of_chunks,
     )
     return act, {
         "policy": params,

@@ -7,7 +7,7 @@ import pytest
 
 from mbpo_jax.rl import parity
 from mbpo_jax.rl.gae import PPOBatch
-from mbpo_jax.rl.ppo import PPO, actor_loss
+from mbpo_jax.rl.ppo import PPO, actor_loss, gradient_agreement
 from mbpo_jax.types import Demonstration
 from tests.toy import CHUNK, ToyPolicy, observation
 
@@ -174,3 +174,16 @@ def test_the_anchor_pulls_by_its_weight():
     ppo = PPO(policy, **options)
     state, metrics = ppo.update(ppo.init(policy.init()), batch)
     np.testing.assert_allclose(metrics["actor_grad_norm"], 0.0, atol=1e-6)
+
+
+def test_gradients_of_opposite_batches_disagree():
+    policy = ToyPolicy()
+    options = dict(actor_lr=0.01, critic_lr=0.0, weight_decay=0.0, grad_clip=10.0, clip_ratio=5.0)
+    ppo = PPO(policy, value_clip=0.5, huber_delta=10.0, critic_warmup=0, **options)
+    blank = {name: jnp.zeros(2) for name in ("log_prob", "value", "target")}
+    chain = jnp.array([[[0.5], [0.5]], [[0.1], [-0.1]]])
+    batch = PPOBatch(observation([0, 0]), chain, advantage=jnp.ones(2), valid=jnp.ones(2), **blank)
+    opposite = batch.replace(advantage=-batch.advantage)
+    params = policy.init()
+    np.testing.assert_allclose(gradient_agreement(ppo, params, batch, batch), 1.0, atol=1e-5)
+    np.testing.assert_allclose(gradient_agreement(ppo, params, batch, opposite), -1.0, atol=1e-5)

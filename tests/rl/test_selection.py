@@ -44,8 +44,33 @@ def test_a_random_choice_knows_nothing_of_the_scores():
     assert abs(np.std(moves) - 0.3 / 2**0.5) < 0.04
 
 
+class StillPolicy(ActingPolicy):
+    """Samples chunks that move; stands still when it acts."""
+
+    def act(self, params, observation, key):
+        return 0.0 * super().act(params, observation, key)
+
+
+def test_a_sample_is_followed_by_what_the_policy_would_do():
+    # From 0.9 the goal beyond 1 is reached at once or never, so a reward is discounted as one
+    # chunk's, while a value of 1 at the end of 3 chunks counts 0.5³.
+    policy, start, key = StillPolicy(), observation([0.9]), jax.random.key(0)
+    params = policy.init()
+    value = {**params, "critic": {"w": np.array([1.0, 0.0], np.float32)}}
+    arguments = {"policy": params, "value": value, "world": {}}, start, key
+
+    def moved(weight, chunks):
+        act = best_of(policy, ToyWorld(), 64, 0.5, weight, chunks=chunks)
+        return float(act(*arguments).mean())
+
+    # The reward 0.2 is less than the value after 1 chunk, 0.5, and more than after 3, 0.125.
+    assert moved(0.2, chunks=1) < 0.1 < moved(0.2, chunks=3)
+
+
 def test_bad_choices():
     with pytest.raises(ValueError, match="best_of is 0"):
         best_of(ActingPolicy(), ToyWorld(), 0, 0.9, 1.0)
     with pytest.raises(ValueError, match="middle"):
         best_of(ActingPolicy(), ToyWorld(), 2, 0.9, 1.0, "middle")
+    with pytest.raises(ValueError, match="best_of_chunks is 0"):
+        best_of(ActingPolicy(), ToyWorld(), 2, 0.9, 1.0, chunks=0)

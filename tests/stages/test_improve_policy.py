@@ -1,6 +1,7 @@
 import signal
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mbpo_jax.stages.improve_policy import optimize_policy
 from mbpo_jax.stages.workspace import StageError
 from mbpo_jax.training.interruption import Interrupted
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
+from mbpo_jax.types import Demonstration
 from tests.toy import ToyPolicy, ToyWorld, observation
 
 
@@ -66,15 +68,16 @@ def config(**changes) -> ml_collections.ConfigDict:
     )
 
 
-def optimize(directory, record=start_at, **changes):
-    policy = ToyPolicy()
+def optimize(directory, record=start_at, policy=None, world=None, demonstrated=None, **changes):
+    policy = policy or ToyPolicy()
     return optimize_policy(
         config(**changes),
         policy,
-        ToyWorld(),
+        world or ToyWorld(),
         policy.init(),
         {},
         starts(record),
+        demonstrated,
         directory=directory,
     )
 
@@ -126,6 +129,45 @@ def test_the_return_improves_in_an_exact_world(tmp_path):
 def test_groups_learn(tmp_path):
     changes = {"group_size": 4, "start_states": 64, "imagination_batch": 16, "updates": 40}
     assert optimize(tmp_path, **changes)["actor"]["mean"] > 0.2
+
+
+class AnchoredPolicy(ToyPolicy):
+    """Was fine-tuned on actions around 0."""
+
+    def loss(self, actor, observation, actions, key):
+        loss = jnp.square(actor["mean"] - actions).mean()
+        return loss, {"loss": loss}
+
+
+class WrongWorld(ToyWorld):
+    """Promises ever more the farther the point goes to the left."""
+
+    def reward(self, params, state):
+        return jax.nn.sigmoid(-10.0 * state.observation.proprio[:, 0] - 10.0)
+
+
+@pytest.mark.trains
+def test_the_anchor_keeps_a_wrong_world_from_carrying_the_policy_away(tmp_path):
+    def shown(i, frame):
+        return Demonstration(start_at(i, frame), np.zeros((2, 1), np.float32), np.bool_(True))
+
+    changes = {"group_size": 4, "start_states": 64, "imagination_batch": 16, "anchor_batch": 4}
+    changes |= {"reward_threshold": 0.0, "updates": 60, "critic_warmup": 0, "critic_lr": 0.0}
+    means = {
+        weight: float(
+            optimize(
+                tmp_path / str(weight),
+                policy=AnchoredPolicy(),
+                world=WrongWorld(),
+                demonstrated=starts(shown),
+                anchor_weight=weight,
+                **changes,
+            )["actor"]["mean"]
+        )
+        for weight in (0.0, 10.0)
+    }
+    assert means[0.0] < -0.6
+    assert abs(means[10.0]) < 0.2
 
 
 def test_an_exchange_within_one_group_is_refused(tmp_path):

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mbpo_jax.policy import network
+from mbpo_jax.policy.config import variants
+from mbpo_jax.training import loop
 from mbpo_jax.training.interruption import Interrupted
 from mbpo_jax.training.loop import fit
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
@@ -192,3 +195,31 @@ def test_a_batch_that_does_not_divide_the_devices_is_refused():
 
     with pytest.raises(ValueError, match="batch of 3 does not divide over 2 devices"):
         shard_batch(np.zeros((3, 1)), TwoDevices())
+
+
+def test_muon_sees_each_matrix_of_the_policy_as_one():
+    """Of every stacked weight: input axes, output axes and what is left are its size, and the input
+    axes are those that are summed over."""
+    config = variants()["micro"]
+    actor = jax.eval_shape(lambda key: network.init(key, config), jax.random.key(0))
+    flat = jax.tree_util.tree_flatten_with_path(actor)[0]
+    found = {}
+    for path, x in flat:
+        name = "/".join(entry.key for entry in path)
+        dimensions = loop._matrix_dimensions(path, x)
+        if dimensions is not None:
+            axes = dimensions.reduction_axis, dimensions.output_axis
+            found[name] = tuple(int(np.prod([x.shape[a] for a in side])) for side in axes)
+    width, heads, hidden = 128, 4 * 32, 256
+    blocks, layers = "PaliGemma/img/Transformer/encoderblock", "PaliGemma/llm/layers"
+    attention = f"{blocks}/MultiHeadDotProductAttention_0"
+    assert found[f"{attention}/query/kernel"] == (width, heads)
+    assert found[f"{attention}/out/kernel"] == (heads, width)
+    assert found[f"{blocks}/MlpBlock_0/Dense_1/kernel"] == (hidden, width)
+    assert found[f"{layers}/attn/q_einsum/w"] == (width, heads)
+    assert found[f"{layers}/attn/kv_einsum_1/w"] == (width, 32)
+    assert found[f"{layers}/attn/attn_vec_einsum_1/w"] == (heads, width)
+    assert found[f"{layers}/mlp/gating_einsum"] == (width, hidden)
+    assert found[f"{layers}/mlp_1/linear"] == (hidden, width)
+    assert found[f"{layers}/pre_ffw_norm_1/Dense_0/kernel"] == (width, 3 * width)
+    assert not [name for name in found if "embed" in name or "head/" in name or "scale" in name]
