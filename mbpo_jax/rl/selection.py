@@ -67,11 +67,10 @@ def best_of(
         state = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), state)
         done = []
         for i in range(chunks):
+            act_key, world_key = jax.random.split(jax.random.fold_in(key, i))
             if i:
-                actions = policy.act(
-                    params["policy"], state.observation, jax.random.fold_in(key, i)
-                )
-            state = world.step(params["world"], state, actions, jax.random.fold_in(key, -i - 1))
+                actions = policy.act(params["policy"], state.observation, act_key)
+            state = world.step(params["world"], state, actions, world_key)
             done.append(world.reward(params["world"], state))
         score = policy.value(params["value"], policy.encode(params["value"], state.observation))
         for probability in reversed(done):
