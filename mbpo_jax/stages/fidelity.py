@@ -139,11 +139,9 @@ class Study:
         return {"disagreement_cm": self.disagreement(self.transitions.next_images)}
 
     def disagreement(self, images: dict[str, np.ndarray]) -> float:
-        """Cross-view consistency: mean distance (cm) between the gripper's position as read, by
-        linear probes (`gripper_probes`), from the first view and from the others."""
-        first, *others = (
-            metrics.probe_features(images[camera]) @ w + b for camera, (w, b) in self.probes.items()
-        )
+        """Cross-view consistency: mean distance (cm) between the gripper's position as
+        `gripper_probes` read it from the first view and from the others."""
+        first, *others = (read(images[camera]) for camera, read in self.probes.items())
         distances = [np.linalg.norm(first - other, axis=-1).mean() for other in others]
         return float(100 * np.mean(distances)) if distances else 0.0
 

@@ -93,7 +93,7 @@ def _images(config: Config, models: dict, real: dict) -> Section:
     header = ("model", "view", "PSNR (dB)", "SSIM", "LPIPS", "disagreement (cm)", "ms per chunk")
     text = (
         "One chunk ahead, on held-out transitions. Disagreement is the distance between the "
-        "gripper's positions that linear probes read from the views' latents; on the real frames "
+        "gripper's positions that probes read from the views; on the real frames "
         f"it is {real['disagreement_cm']:.2f} cm, which is the probes' own error. Milliseconds are "
         "the median of single predictions of both views."
     )

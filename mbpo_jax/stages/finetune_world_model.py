@@ -362,16 +362,13 @@ def action_response(
 
 
 def gripper_errors(train: list[Episode], chosen: Transition, imagined: Images) -> dict:
-    """Median distance (cm) between the gripper's position and what linear probes (`gripper_probes`)
-    read of it from the views a chunk later: camera -> {"real", "imagined"}."""
+    """Median distance (cm) between the gripper's position and what `gripper_probes` read of it from
+    the views a chunk later: camera -> {"real", "imagined"}."""
     position, errors = chosen.next_proprio[:, :3], {}
-    for camera, (w, b) in gripper_probes(train, list(imagined)).items():
+    for camera, read in gripper_probes(train, list(imagined)).items():
         views = {"real": chosen.next_images[camera], "imagined": imagined[camera]}
         errors[camera] = {
-            name: float(
-                100
-                * np.median(np.linalg.norm(metrics.probe_features(x) @ w + b - position, axis=-1))
-            )
+            name: float(100 * np.median(np.linalg.norm(read(x) - position, axis=-1)))
             for name, x in views.items()
         }
     return errors
@@ -379,16 +376,14 @@ def gripper_errors(train: list[Episode], chosen: Transition, imagined: Images) -
 
 def gripper_probes(
     episodes: list[Episode], cameras: Sequence[str]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Camera -> (w, b) that read the gripper's position (metres; the first three values of
-    proprioception) from `metrics.probe_features` of its real frames."""
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Camera -> the function (`metrics.fit_probe`) that reads the gripper's position (metres; the
+    first three values of proprioception) from its frames, fitted to real ones."""
     places = [(e, f) for e in episodes for f in range(len(e.timesteps))]
     chosen = [places[i] for i in spread(len(places), PROBE_FRAMES)]
     position = np.stack([e.proprio[f, :3] for e, f in chosen])
     return {
-        camera: metrics.linear_probe(
-            metrics.probe_features(np.stack([e.images[camera][f] for e, f in chosen])), position
-        )
+        camera: metrics.fit_probe(np.stack([e.images[camera][f] for e, f in chosen]), position)
         for camera in cameras
     }
 

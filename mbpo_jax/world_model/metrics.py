@@ -283,32 +283,36 @@ def rank_of_truth(errors: np.ndarray) -> float:
     return float((errors.argmin(axis=1) == 0).mean())
 
 
-def probe_features(images: np.ndarray) -> np.ndarray:
-    """What linear probes read frames uint8 [N, H, W, 3] from: pixels averaged down to about 32 per
-    side, [N, D]."""
-    factor = max(1, images.shape[1] // 32)
-    side = images.shape[1] // factor
-    x = images[:, : side * factor, : side * factor].astype(np.float32) / 127.5 - 1.0
-    return x.reshape(len(x), side, factor, side, factor, 3).mean((2, 4)).reshape(len(x), -1)
-
-
-def linear_probe(
-    features: np.ndarray, targets: np.ndarray, ridge: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge regression of targets [N, T] on standardised features [N, D]: `features @ w + b`.
+def fit_probe(
+    images: np.ndarray, targets: np.ndarray, ridge: float = 1e-3
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that reads targets [N, T] from frames uint8 [N, H, W, 3]: ridge regression with a
+    Gaussian kernel, whose width is the median distance of the given frames. It sees pixels averaged
+    down to about 32 per side and standardised.
 
     Args:
-        ridge: penalty per example.
-
-    Returns:
-        w [D, T] and b [T].
+        ridge: penalty on the kernel's weights.
     """
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    x, centre = (features - mean) / std, targets.mean(0)
-    # With fewer examples than features the dual form is the smaller system.
-    gram = x @ x.T + ridge * len(x) * np.eye(len(x))
-    w = x.T @ np.linalg.solve(gram, targets - centre) / std[:, None]
-    return w, centre - mean @ w
+
+    def pixels(images):
+        factor = max(1, images.shape[1] // 32)
+        side = images.shape[1] // factor
+        x = images[:, : side * factor, : side * factor].astype(np.float32) / 127.5 - 1.0
+        return x.reshape(len(x), side, factor, side, factor, 3).mean((2, 4)).reshape(len(x), -1)
+
+    known = pixels(images)
+    mean, std, centre = known.mean(0), known.std(0) + 1e-6, targets.mean(0)
+    known = (known - mean) / std
+
+    def squared_distances(x):
+        products = x @ known.T
+        return np.square(x).sum(1)[:, None] + np.square(known).sum(1) - 2.0 * products
+
+    distances = squared_distances(known)
+    width = max(float(np.median(distances)), 1e-6)
+    system = np.exp(-distances / width, dtype=np.float64) + ridge * np.eye(len(known))
+    weights = np.linalg.solve(system, targets - centre)
+    return lambda x: np.exp(-squared_distances((pixels(x) - mean) / std) / width) @ weights + centre
 
 
 def imagine_open_loop(

@@ -109,16 +109,15 @@ def test_motion_is_sorted_by_the_real_change():
     np.testing.assert_array_equal(found["imagined"], np.arange(1, 11) // 2)
 
 
-def test_probe_finds_a_linear_map():
+def test_a_probe_reads_where_a_square_is():
     rng = np.random.default_rng(0)
-    features, true = rng.normal(size=(50, 4)), rng.normal(size=(4, 2))
-    w, b = metrics.linear_probe(features, features @ true + 3.0, ridge=1e-9)
-    np.testing.assert_allclose(w, true, atol=1e-6)
-    np.testing.assert_allclose(b, [3.0, 3.0], atol=1e-6)
-    # Far more features than examples are no problem.
-    wide = rng.normal(size=(10, 200))
-    w, b = metrics.linear_probe(wide, wide[:, :1], ridge=1e-6)
-    np.testing.assert_allclose(wide @ w + b, wide[:, :1], atol=1e-3)
+    places = rng.integers(0, 52, (400, 2))
+    images = rng.integers(0, 20, (400, 64, 64, 3)).astype(np.uint8)
+    for image, (row, column) in zip(images, places):
+        image[row : row + 12, column : column + 12] = 200
+    read = metrics.fit_probe(images[:360], places[:360] + 100.0)
+    assert np.abs(read(images[360:]) - 100.0 - places[360:]).mean() < 2.0
+    np.testing.assert_allclose(read(images[:5]), places[:5] + 100.0, atol=1.0)
 
 
 def test_what_came_into_view_is_told_apart():
