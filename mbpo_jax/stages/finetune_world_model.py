@@ -339,25 +339,24 @@ def action_response(
         source.index[:, 0],
         np.array([episodes[e].timesteps[f] for e, f in source.index[:, :2]]),
     )
-    errors = []
+    cases = []
     for i in spread(len(source), RANKED_TRANSITIONS):
         elsewhere = np.flatnonzero(episode != episode[i])
         nearest = elsewhere[np.argsort(np.abs(time[elsewhere] - time[i]), kind="stable")]
         nearest = nearest[: RANKED_CHUNKS - 1]
-        if len(nearest) < RANKED_CHUNKS - 1:
-            continue
-        real = source[i]
-        many = jax.tree.map(lambda x: np.repeat(x[None], RANKED_CHUNKS, axis=0), real)
-        chunks = np.stack([real.actions, *(source[j].actions for j in nearest)])
-        frames = metrics.imagine_chunk(world, params, many.replace(actions=chunks), key).images
-        errors.append(
-            sum(
-                np.square(frames[c].astype(np.float32) - real.next_images[c]).mean((1, 2, 3))
-                / (np.square(real.next_images[c] - real.observation.images[c] * 1.0).mean() + 1)
-                for c in world.cameras
-            )
-        )
-    first = metrics.rank_of_truth(np.stack(errors)) if errors else None
+        if len(nearest) == RANKED_CHUNKS - 1:
+            real = source[i]
+            cases += [real.replace(actions=source[j].actions) for j in (i, *nearest)]
+    errors = np.zeros((len(cases) // RANKED_CHUNKS, RANKED_CHUNKS))
+    if cases:
+        ranked = collate(cases)
+        frames = metrics.imagine_chunk(world, params, ranked, key).images
+        for c in world.cameras:
+            real = ranked.next_images[c].astype(np.float32)
+            error = np.square(frames[c] - real).mean((1, 2, 3))
+            change = np.square(real - ranked.observation.images[c]).mean((1, 2, 3))
+            errors += (error / (change + 1)).reshape(errors.shape)
+    first = metrics.rank_of_truth(errors) if cases else None
     return {"views": views, "true_chunk_first": first, "ranked": len(errors)}
 
 
