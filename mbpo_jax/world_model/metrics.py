@@ -1,6 +1,7 @@
 """How well a world model imagines: image metrics, answer metrics, and error against horizon, beside
 the baseline that copies the last frame."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -104,6 +105,7 @@ def calibration(
     }
 
 
+@functools.cache  # the same function for the same model, so that JAX compiles it once
 def predictor(world: WorldModel) -> Callable[[Params, Observation, Array, Array], Observation]:
     """The function (params, observation [*B], actions [*B, k, A], key) -> observation k steps
     later."""
