@@ -113,7 +113,9 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.policy = ml_collections.ConfigDict(policy)
 
     c.sft = ml_collections.ConfigDict()
-    c.sft.rollouts = ""  # dataset of an earlier run's rollouts, with policy.advantage_conditioned
+    # Dataset of an earlier run's rollouts, to learn from its successes too (filtered imitation), or
+    # with policy.advantage_conditioned from all.
+    c.sft.rollouts = ""
     c.sft.steps = 30_000
     c.sft.batch_size = 256
     c.sft.gradient_accumulation = 1  # slices of a batch, one after the other

@@ -1,5 +1,5 @@
-"""Stage `sft`: flow matching on the demonstrations, or, conditioned on whether an episode succeeded
-(π*0.6, arXiv 2511.14759), on rollouts too."""
+"""Stage `sft`: flow matching on the demonstrations, or on rollouts too: on their successes, or by a
+policy conditioned on whether an episode succeeded (π*0.6, arXiv 2511.14759) on all."""
 
 from pathlib import Path
 
@@ -25,12 +25,15 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     workspace.require("demonstrations")
     episodes = read_episodes(workspace.directory("demonstrations") / "dataset")
     if config.sft.rollouts:
-        if not config.policy.advantage_conditioned:
+        rollouts = read_episodes(config.sft.rollouts)
+        if not config.policy.advantage_conditioned:  # which alone can tell failures apart
+            rollouts = [episode for episode in rollouts if episode.success]
+        if not rollouts:
             raise StageError(
-                "sft.rollouts holds failures too, which only a policy that is told apart may learn "
-                "from: set --config.policy.advantage_conditioned, or leave sft.rollouts empty"
+                f"no rollout in {config.sft.rollouts} succeeded, and only a policy with "
+                "--config.policy.advantage_conditioned may learn from failures"
             )
-        episodes += read_episodes(config.sft.rollouts)
+        episodes += rollouts
     source = demonstrations(episodes, observation_builder(config))
     actions = np.concatenate([e.target_actions[e.num_actions > 0] for e in episodes])
     proprio = np.concatenate([e.proprio for e in episodes])
