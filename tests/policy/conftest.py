@@ -62,6 +62,8 @@ FLOWS = {
     "sde": FlowConfig(method="sde"),
     "fixed noise": FlowConfig(method="noise", noise_std=0.2),
     "learned noise": FlowConfig(method="noise", learned_noise=True, noise_widths=(8,)),
+    "matching": FlowConfig(method="matching"),
+    "smooth": FlowConfig(method="smooth", noise_std=0.2, smooth_modes=2),
 }
 
 
