@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mbpo_jax.rl.selection import CHOICES
 from mbpo_jax.stages.statistics import mcnemar_exact
 from mbpo_jax.stages.workspace import StageError, Workspace
 
@@ -133,9 +134,9 @@ def _value(runs: Sequence[Mapping]) -> Iterator[Gate]:
 def _selection(runs: Sequence[Mapping]) -> Iterator[Gate]:
     chosen = [run["selection"]["resets"] for run in runs if "selection" in run]
     if chosen:
-        rate = {name: _pooled(chosen, name) for name in ("worst", "sampled", "best")}
+        rate = {name: _pooled(chosen, name) for name in CHOICES}
         yield Gate("selection: best - worst (points)", rate["best"] - rate["worst"], 35)
-        yield Gate("selection: best - as sampled (points)", rate["best"] - rate["sampled"], 15)
+        yield Gate("selection: best - random (points)", rate["best"] - rate["random"], 15)
 
 
 def _optimisation(runs: Sequence[Mapping]) -> Iterator[Gate]:

@@ -21,6 +21,12 @@ def run(unexplained=0.2, improved=130):
             "horizon": {"head": {"unexplained": [0.2, 0.3, 0.3, 0.45]}},
         },
         "value": {"held_out": {"real": {"auc": 0.85}, "imagined": {"auc": float("nan")}}},
+        "selection": {
+            "resets": {
+                n: {"successes": s, "episodes": 200}
+                for n, s in {"worst": 60, "random": 100, "sampled": 110, "best": 140}.items()
+            }
+        },
         "evaluate": {
             "resets": {n: {"successes": s, "episodes": 200} for n, s in rate.items()},
             "paired_resets": {"improved": {"first_only": 20, "second_only": improved - 80}},
@@ -38,6 +44,8 @@ def test_gates_of_a_run():
         "head: unexplained after 4 chunks",  # 0.45
         "value: AUC of imagined held-out frames",  # NaN never passes
     ]
+    assert found["selection: best - worst (points)"].figure == 40
+    assert found["selection: best - random (points)"].figure == 20
     assert found["improved - fine-tuned (points)"].figure == 15
     assert found["improved, best of 16 - fine-tuned (points)"].figure == 25
     assert "head: unexplained change" in missed([run(unexplained=0.23)])
@@ -60,4 +68,6 @@ def test_a_pool_that_is_none(tmp_path):
     with pytest.raises(StageError, match=r"a\.json"):
         read_pool(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"stages": {**run(), "sft": {}}}))
-    assert [set(r) for r in read_pool(tmp_path)] == [{"world_model", "value", "evaluate"}]
+    assert [set(r) for r in read_pool(tmp_path)] == [
+        {"world_model", "value", "selection", "evaluate"}
+    ]
