@@ -80,6 +80,7 @@ def build_policy(config: Config, norm_stats: dict[str, NormStats]) -> FlowPolicy
         norm_stats["actions"],
         norm_stats["state"],
         tuple(config.cameras),
+        robot(config).action_limits,
     )
 
 
