@@ -123,7 +123,7 @@ def test_a_configuration_without_an_entry_names_file_and_entry(tmp_path, file, c
 def test_another_file_in_place_of_one_is_named(tmp_path, file, content):
     copy_checkpoint(tmp_path)
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match="damaged|truncated|no map") as error:
+    with pytest.raises(ValueError, match=r"damaged|truncated|no map") as error:
         load_bagel(tmp_path, bagel())
     assert str(tmp_path / file) in str(error.value)
 
