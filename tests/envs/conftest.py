@@ -23,6 +23,7 @@ FAKE_WORKER = """
     from pathlib import Path
     import numpy as np
     from mbpo_jax.envs.requests import EpisodeResult, Query
+    from mbpo_jax.envs.worker import Failure
 
     folder = Path(__file__).parent
     connection = Connection(int(sys.argv[1]))
@@ -41,8 +42,10 @@ FAKE_WORKER = """
         if seed == 200 and first:
             time.sleep(3600)
         if seed == 400:
-            connection.send(ValueError("the goal is unknown"))
+            connection.send(Failure("the goal is unknown"))
             continue
+        if seed == 500:
+            raise OSError("the disk is on fire")
         total = 0.0
         if job.source is not None:
             for index in range(3):
