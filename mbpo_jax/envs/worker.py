@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mbpo_jax.envs import suites
-from mbpo_jax.envs.requests import BranchRequest, EpisodeRequest, Query
+from mbpo_jax.envs.requests import BranchRequest, EpisodeRequest, Failure, Query
 from mbpo_jax.envs.rollout import run_branches, run_expert, run_policy
 from mbpo_jax.envs.simulator import RobosuiteEnv
 
@@ -37,13 +37,6 @@ class Job:
 
     request: EpisodeRequest | BranchRequest
     source: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """In place of a result: what went wrong, in words. Its traceback is in the worker's log."""
-
-    message: str
 
 
 class _PoolGone(Exception):

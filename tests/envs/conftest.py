@@ -22,8 +22,7 @@ FAKE_WORKER = """
     from multiprocessing.connection import Connection
     from pathlib import Path
     import numpy as np
-    from mbpo_jax.envs.requests import EpisodeResult, Query
-    from mbpo_jax.envs.worker import Failure
+    from mbpo_jax.envs.requests import EpisodeResult, Failure, Query
 
     folder = Path(__file__).parent
     connection = Connection(int(sys.argv[1]))

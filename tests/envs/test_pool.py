@@ -14,7 +14,7 @@ import pytest
 
 from mbpo_jax.envs import worker
 from mbpo_jax.envs.pool import EnvPool, WorkerError
-from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.requests import EpisodeRequest, Failure
 
 
 def alive(pid):
@@ -79,6 +79,16 @@ def test_an_error_that_a_compiled_program_has_wrapped_is_told_as_it_was(fake_wor
         execute()
 
 
+@pytest.mark.libero
+def test_an_error_of_the_simulator_comes_from_the_worker_as_it_was_told(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+    with EnvPool("libero_10", 1) as pool, pytest.raises(WorkerError, match="MUJOCO") as error:
+        list(pool.expert_episodes(requests(1)))
+    assert "Traceback" not in str(error.value)
+    assert pool.restarts == 0
+
+
 class Odd(Exception):
     """Of a kind that another process cannot make again from its arguments."""
 
@@ -117,7 +127,7 @@ def test_whatever_an_episode_raises_on_a_worker_is_one_message(monkeypatch, erro
         for _ in range(2):  # it lives on
             connection.send(worker.Job(EpisodeRequest(0, seed=1)))
             answer = connection.recv()
-            assert isinstance(answer, worker.Failure)
+            assert isinstance(answer, Failure)
             assert str(error) in answer.message
             assert answer.message.strip()
             assert "Traceback" not in answer.message
