@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -282,6 +283,7 @@ class FlowPolicy:
         return inputs.pad(actions, self.config.action_dim, "actions")
 
     def _to_robot(self, x: jax.Array) -> jax.Array:
+        chex.assert_shape(x, (None, self.config.chunk, self.config.action_dim))
         x = x[..., : self.env_action_dim]
         x = unnormalize(x, self.action_stats, self.config.normalization)
         return jnp.clip(x, *self.action_limits.T)
