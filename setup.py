@@ -1,4 +1,4 @@
-"""Package metadata. `constraints.txt` beside this file pins the tested versions exactly."""
+"""Package metadata. `third_party/constraints.txt` pins the tested versions exactly."""
 
 from pathlib import Path
 
@@ -19,7 +19,6 @@ CORE = [
     "sentencepiece>=0.2.1,<0.3",
     "tokenizers>=0.23,<0.24",
     "tensorboardX>=2.6.4,<3",
-    "dm-pix>=0.4.5,<0.5",
     "matplotlib>=3.10,<4",
     "imageio>=2.37,<3",
     "Pillow>=11",

@@ -197,6 +197,7 @@ def table(results: Mapping) -> str:
 
 
 def main(_: list[str]) -> None:
+    from mbpo_jax.envs.pool import WorkerError
     from mbpo_jax.stages.workspace import StageError
     from mbpo_jax.training.interruption import Interrupted, interruptible
 
@@ -210,7 +211,7 @@ def main(_: list[str]) -> None:
         draw(results, config.cameras, root / "branch_length.png")
         print(table(results))
         print(root / "branch_length.png")
-    except (StageError, ValueError, OSError) as error:
+    except (StageError, WorkerError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Interrupted as stop:

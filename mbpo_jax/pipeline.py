@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from mbpo_jax.envs.pool import WorkerError
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import collect_demonstrations, collect_rollouts
 from mbpo_jax.stages.evaluate import evaluate
@@ -201,6 +202,13 @@ def main(config: Config, workdir: str, stages: Sequence[str]) -> None:
     except Interrupted as interruption:
         print(f"{interruption.message}. {goes_on}", flush=True)
         raise
-    except (StageError, ValueError, FileNotFoundError, OSError, FloatingPointError) as error:
+    except (
+        StageError,
+        WorkerError,
+        ValueError,
+        ImportError,
+        OSError,
+        FloatingPointError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,11 +1,13 @@
 """The whole method at the smallest size, on the real simulator."""
 
+import dataclasses
 import json
 
 import pytest
 
 from configs import libero_long
 from mbpo_jax import pipeline
+from mbpo_jax.envs.pool import WorkerError
 from mbpo_jax.stages.workspace import StageError, Workspace
 
 
@@ -59,6 +61,33 @@ def test_an_unknown_stage_names_the_nearest(tmp_path):
 def test_a_stage_without_its_inputs_says_what_to_run(tmp_path):
     with pytest.raises(StageError, match="'demonstrations' has not finished"):
         pipeline.run(tiny_config(), tmp_path, ["sft"])
+
+
+@pytest.mark.parametrize("content", ["", "<!DOCTYPE html>", "[1]", '{"a": '])
+@pytest.mark.parametrize("name", ["config.json", "done.json"])
+def test_a_damaged_record_of_a_stage_is_named(tmp_path, name, content):
+    workspace = Workspace(tmp_path, tiny_config())
+    sections = pipeline.STAGES["demonstrations"].sections
+    path = workspace.begin("demonstrations", sections) / name
+    workspace.finish("demonstrations", {})
+    path.write_text(content)
+    with pytest.raises(StageError, match="damaged") as error:
+        pipeline.run(tiny_config(), tmp_path, ["demonstrations"])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error", [WorkerError("no OpenGL"), ModuleNotFoundError("no simulator"), ValueError("no task")]
+)
+def test_what_a_user_can_mend_is_one_message(tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    stage = dataclasses.replace(pipeline.STAGES["demonstrations"], run=fail)
+    monkeypatch.setitem(pipeline.STAGES, "demonstrations", stage)
+    with pytest.raises(SystemExit, match="1"):
+        pipeline.main(tiny_config(), str(tmp_path), ["demonstrations"])
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):

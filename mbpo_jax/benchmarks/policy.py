@@ -78,7 +78,7 @@ def run(size: str, batch_sizes: dict[str, int], repeats: int, openpi: str | None
 def _ours(config: Pi0Config, work: str, batch: int) -> tuple[Run, float]:
     """The run, and the floating-point operations of its matrix products."""
     stats = NormStats(*(np.full(config.action_dim, x, np.float32) for x in (0, 1, -1, 1)))
-    policy = FlowPolicy(config, stats, stats, CAMERAS)
+    policy = FlowPolicy(config, stats, stats, CAMERAS, [(-1.0, 1.0)] * config.action_dim)
     params = jax.jit(policy.init)(jax.random.key(0))
     observation = _observation(config, batch)
     key = jax.random.key(1)

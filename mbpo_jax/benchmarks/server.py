@@ -55,7 +55,7 @@ def _fresh_policy(size: str, max_batch: int) -> ServedPolicy:
         NormStats(*(np.full(n, x, np.float32) for x in (0, 1, -1, 1)))
         for n in (ACTION_DIM, STATE_DIM)
     ]
-    policy = FlowPolicy(network, *stats, CAMERAS)
+    policy = FlowPolicy(network, *stats, CAMERAS, [(-1.0, 1.0)] * ACTION_DIM)
     config = ml_collections.ConfigDict(
         {
             "cameras": CAMERAS,

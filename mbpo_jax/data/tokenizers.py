@@ -31,6 +31,10 @@ _SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "</image>"]
 _NIBBLES = 16
 
 
+class _Refused(ValueError):
+    """A message that says all."""
+
+
 class Tokenizer(Protocol):
     """Ids of a text; all below `vocab_size`."""
 
@@ -141,7 +145,7 @@ class QwenTokenizer:
         directory: holds tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json.
 
     Raises:
-        ValueError: files or marker tokens are missing.
+        ValueError: files or marker tokens are missing, or a file is damaged.
     """
 
     pad_id = 0
@@ -150,11 +154,19 @@ class QwenTokenizer:
         import tokenizers
 
         directory = Path(directory)
-        if (directory / "tokenizer.json").is_file():
-            self._model = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        else:
-            self._model = _byte_level_bpe(directory)
-        self.vocab_size = max(self._model.get_vocab().values()) + 1
+        try:
+            if (directory / "tokenizer.json").is_file():
+                self._model = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+            else:
+                self._model = _byte_level_bpe(directory)
+            self.vocab_size = max(self._model.get_vocab().values()) + 1
+        except _Refused:
+            raise
+        except Exception as error:  # the library's own are bare
+            raise ValueError(
+                f"a file of the tokenizer in {directory} is damaged or another ({error}): copy the "
+                "files again that come with BAGEL"
+            ) from error
         self.bos_id, self.eos_id, self.start_of_image_id, self.end_of_image_id = (
             self._marker(token, directory)
             for token in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -183,7 +195,7 @@ def _byte_level_bpe(directory: Path):
 
     missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
     if missing:
-        raise ValueError(f"no tokenizer in {directory}: missing tokenizer.json, or {missing}")
+        raise _Refused(f"no tokenizer in {directory}: missing tokenizer.json, or {missing}")
     model = tokenizers.Tokenizer(
         models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     )
@@ -205,7 +217,7 @@ def _byte_level_bpe(directory: Path):
         for index, token in sorted((int(i), entry["content"]) for i, entry in listed.items()):
             model.add_special_tokens([token])
             if model.token_to_id(token) != index:
-                raise ValueError(
+                raise _Refused(
                     f"{config} lists {token} as {index}, but with {directory / 'vocab.json'} it is "
                     f"{model.token_to_id(token)}: the files do not belong together"
                 )

@@ -28,6 +28,10 @@ _MAX_FAILURES = 3  # of the same episode
 BACKENDS = ("local", "ray")
 
 
+class WorkerError(RuntimeError):
+    """An episode cannot be had from the workers; the message says why, as the worker told it."""
+
+
 @dataclasses.dataclass(eq=False)
 class _Seat:
     """A worker and what it is at; `deadline` is when its answer is overdue."""
@@ -80,20 +84,24 @@ class EnvPool:
         self._seats: list[_Seat] = []
         self._backend = _make_backend(backend, num_workers)
         self.restarts = 0
+        self._error: WorkerError | None = None
 
     def __enter__(self) -> "EnvPool":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         self._end_workers()
         self._backend.close()
+        # A compiled program that calls the pool raises an exception of its own about it.
+        if self._error not in (None, error) and isinstance(error, RuntimeError):
+            raise self._error from None
 
     def expert_episodes(self, requests: Iterable[EpisodeRequest]) -> Iterator[EpisodeResult]:
         """Runs the scripted expert. Results come as they finish, in any order.
 
-        Raises what the episode raises on the worker (a task that does not exist, a goal that the
-        expert cannot achieve, no OpenGL), and RuntimeError when an episode has killed its worker
-        three times.
+        Raises ValueError for a task that does not exist, and WorkerError for whatever an episode
+        raises on its worker (a goal that the expert cannot achieve, no OpenGL) and when one has
+        killed its worker three times.
         """
         for _, result in self._run([Job(request) for request in requests], None):
             yield result
@@ -127,6 +135,7 @@ class EnvPool:
         """Yields every job with its result."""
         for task_id in sorted({job.request.task_id for job in jobs}):
             suites.task_info(self._settings.suite, task_id)  # a wrong task fails here, not later
+        self._error = None
         pending = collections.deque(jobs)
         failures: collections.Counter[Job] = collections.Counter()
         done = False
@@ -149,7 +158,7 @@ class EnvPool:
                     elif isinstance(message, Death):
                         failures[seat.job] += 1
                         if failures[seat.job] >= _MAX_FAILURES:
-                            raise RuntimeError(
+                            raise self._failed(
                                 f"{seat.job.request} has failed {_MAX_FAILURES} times, at last "
                                 f"because its worker {message.reason}. Its last words:\n"
                                 f"{message.last_words}"
@@ -157,7 +166,7 @@ class EnvPool:
                         pending.appendleft(seat.job)
                         self._replace(seat)
                     else:
-                        raise message
+                        raise self._failed(message.message)
                 if asking:
                     actions = np.asarray(act([query for _, query in asking]), np.float32)
                     if len(actions) != len(asking):
@@ -170,6 +179,10 @@ class EnvPool:
         finally:
             if not done:  # workers are in the middle of episodes that nobody waits for
                 self._end_workers()
+
+    def _failed(self, message: str) -> WorkerError:
+        self._error = WorkerError(message)
+        return self._error
 
     def _messages(self, busy: list[_Seat]) -> list[tuple[_Seat, Any]]:
         """Waits for the first answers or overdue workers; returns all that is there."""

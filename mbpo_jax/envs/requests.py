@@ -90,3 +90,10 @@ class BranchResult:
     images: dict[str, np.ndarray]
     proprio: np.ndarray
     success: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """In place of a result: what went wrong, in words. Its traceback is in the worker's log."""
+
+    message: str

@@ -6,6 +6,7 @@ branch's chunks; so it is slow, exact to the bit, and needs no parameters.
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -44,6 +45,8 @@ class SimulatedWorld:
 
     def __init__(self, pool: EnvPool, episodes: Sequence[Episode], branch_chunks: int):
         self._pool, self._branch_chunks = pool, branch_chunks
+        # JAX logs the traceback of what a callback raises, and raises it; the pool tells it once.
+        logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
         self._requests: list[tuple[EpisodeRequest, np.ndarray]] = []
         self._moments: dict[bytes, int] = {}
         for episode in episodes:

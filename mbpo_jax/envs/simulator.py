@@ -8,7 +8,9 @@ import abc
 import contextlib
 import copy
 import difflib
+import importlib
 import logging
+import os
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -330,12 +332,16 @@ def prepare_robosuite() -> None:
     """
     rendering.select_backend()
     try:
-        import mujoco
+        mujoco = importlib.import_module("mujoco")
+        check_mujoco_version(mujoco.__version__)
+        _import_robosuite()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"the simulator is not installed ({error}); `pip install -e '.[libero]'` installs it"
         ) from error
-    check_mujoco_version(mujoco.__version__)
+
+
+def _import_robosuite() -> None:
     if "robosuite" not in sys.modules:
         # robosuite logs to a fixed file under /tmp, which another user may own, and warns about
         # missing private macros. These are the macros.
@@ -343,4 +349,11 @@ def prepare_robosuite() -> None:
         macros.FILE_LOGGING_LEVEL = None
         macros.CONSOLE_LOGGING_LEVEL = "ERROR"
         sys.modules["robosuite.macros_private"] = macros
+        # It demands that MUJOCO_EGL_DEVICE_ID, a number of EGL's, is one of CUDA's, too.
+        visible = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        try:
+            importlib.import_module("robosuite.utils.binding_utils")
+        finally:
+            if visible is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)

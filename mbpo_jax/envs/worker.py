@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from mbpo_jax.envs import suites
-from mbpo_jax.envs.requests import BranchRequest, EpisodeRequest, Query
+from mbpo_jax.envs.requests import BranchRequest, EpisodeRequest, Failure, Query
 from mbpo_jax.envs.rollout import run_branches, run_expert, run_policy
 from mbpo_jax.envs.simulator import RobosuiteEnv
 
@@ -36,6 +37,10 @@ class Job:
 
     request: EpisodeRequest | BranchRequest
     source: str | None = None
+
+
+class _PoolGone(Exception):
+    """The pool's end of the connection is closed."""
 
 
 class Worker:
@@ -61,24 +66,38 @@ class Worker:
         return self._env
 
     def _ask(self, query: Query) -> np.ndarray:
-        self._connection.send(query)
-        return self._connection.recv()
+        try:
+            self._connection.send(query)
+            return self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise _PoolGone from error
+
+
+def describe(error: Exception) -> str:
+    """One message; where it is not one of those that are written for users, with its kind and
+    place."""
+    if str(error) and isinstance(error, (ValueError, RuntimeError, ImportError, OSError)):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def main(descriptor: int) -> None:
     # Ctrl-C reaches the whole process group; the pool decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The end of the connection means that the pool has gone, however it went.
-    with Connection(descriptor) as connection, contextlib.suppress(EOFError, BrokenPipeError):
+    gone = contextlib.suppress(EOFError, ConnectionError, _PoolGone)
+    with Connection(descriptor) as connection, gone:
         worker = Worker(connection, connection.recv())
         while True:
             job = connection.recv()
             try:
                 answer = worker.run(job)
-            except (EOFError, BrokenPipeError):
+            except _PoolGone:
                 raise
-            except Exception as error:  # any failure belongs to the caller, who raises it
-                answer = error
+            except Exception as error:  # any failure belongs to the caller, who tells it
+                traceback.print_exc()
+                answer = Failure(describe(error))
             connection.send(answer)
 
 

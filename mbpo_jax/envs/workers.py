@@ -101,13 +101,24 @@ class LocalWorker:
     def last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-15:])
+        return "\n".join(without_tracebacks(lines)[-15:])
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         self.connection.close()
         self._log.close()
+
+
+def without_tracebacks(lines: Sequence[str]) -> list[str]:
+    """A log with the last line alone of every traceback, which says what was raised."""
+    kept, inside = [], False
+    for line in lines:
+        inside |= line.startswith("Traceback (most recent call last)")
+        inside &= line.startswith((" ", "Traceback")) or not line
+        if not inside:
+            kept.append(line)
+    return kept
 
 
 class LocalBackend:

@@ -8,6 +8,7 @@ from mbpo_jax.types import Array
 
 Mode = Literal["quantile", "zscore"]
 
+BOUND = 20.0  # no value of the data that a model is trained on is farther from 0 when normalised
 EPSILON = 1e-6  # openpi adds it to both denominators; a constant dimension then maps to a constant
 
 

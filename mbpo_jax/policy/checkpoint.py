@@ -11,10 +11,12 @@ from etils import epath
 
 from mbpo_jax.models.gemma import GemmaConfig
 from mbpo_jax.models.siglip import SiglipConfig
+from mbpo_jax.models.stored_arrays import check_readable
 from mbpo_jax.policy import lora, network
 from mbpo_jax.policy.config import Pi0Config, variants
 
 OWN_MODULES = ("noise_network", "lora")  # parts of an actor that openpi does not have
+DATA = ("manifest.ocdbt", "ocdbt.process_0", "d")  # what lies beside `_METADATA`
 SIZE_FIELDS = ("vision", "language", "expert", "vocab_size", "action_dim", "pi05")
 
 
@@ -28,18 +30,16 @@ def load_openpi(path: str, config: Pi0Config, shardings: Any = None) -> dict:
             into its shards; the first device holds everything if it is None.
 
     Raises:
-        ValueError: no checkpoint there, or its arrays are not those of `config`; one message lists
-            what is missing, unexpected or of another shape, and the sizes that would fit.
+        ValueError: no checkpoint there, or one that is incomplete or corrupt, or its arrays are
+            not those of `config`; one message lists what is missing, unexpected or of another
+            shape, and the sizes that would fit.
     """
     path = _absolute(path)
-    if not (path / "_METADATA").exists():
+    if not any((path / name).exists() for name in ("_METADATA", *DATA)):
         raise ValueError(
             f"no openpi checkpoint at {path}: give the `params` directory of a training step"
         )
-    checkpointer = ocp.PyTreeCheckpointer()
-    metadata = checkpointer.metadata(path)
-    tree = getattr(metadata, "item_metadata", metadata)
-    stored = _flatten(getattr(tree, "tree", tree))
+    stored = check_readable(path, "copy it again from where it came")
     # openpi saves {"params": {..., leaf: {"value": array}}}; the two outer levels carry nothing.
     names = {key: key[1:-1] if key[-1] == "value" else key[1:] for key in stored}
     found = {"/".join(names[key]): tuple(leaf.shape) for key, leaf in stored.items()}
@@ -56,7 +56,7 @@ def load_openpi(path: str, config: Pi0Config, shardings: Any = None) -> dict:
         )
         for key in stored
     }
-    restored = checkpointer.restore(
+    restored = ocp.PyTreeCheckpointer().restore(
         path,
         args=ocp.args.PyTreeRestore(item=_nest(stored), restore_args=_nest(arguments)),
     )

@@ -1,10 +1,12 @@
 """The policy: a flow-matching distribution over action chunks in the robot's units."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mbpo_jax.models.normalization import NormStats, normalize, unnormalize
 from mbpo_jax.policy import augment, critic, flow, inputs, lora, network
@@ -23,9 +25,12 @@ class FlowPolicy:
         action_stats: statistics of the actions; their length is the robot's action dimension A.
         proprio_stats: statistics of proprioception (read by π0 only).
         cameras: names in the order of the image tokens; the head camera first.
+        action_limits: (low, high) of each action dimension in the robot's units, to which every
+            chunk is clipped (`Embodiment.action_limits`).
 
     Raises:
-        ValueError: actions or proprioception have more dimensions than `config.action_dim`.
+        ValueError: actions or proprioception have more dimensions than `config.action_dim`, or
+            there are not as many limits as actions.
     """
 
     def __init__(
@@ -34,12 +39,19 @@ class FlowPolicy:
         action_stats: NormStats,
         proprio_stats: NormStats,
         cameras: tuple[str, ...],
+        action_limits: Sequence[tuple[float, float]],
     ):
         self.config = config
         self.action_stats = action_stats
         self.proprio_stats = proprio_stats
         self.cameras = tuple(cameras)
         self.env_action_dim = len(action_stats.mean)
+        self.action_limits = np.asarray(action_limits, np.float32)
+        if self.action_limits.shape != (self.env_action_dim, 2):
+            raise ValueError(
+                f"the action has {self.env_action_dim} dimensions, action_limits have shape "
+                f"{self.action_limits.shape}: give the (low, high) of each dimension"
+            )
         sizes = {"the action": self.env_action_dim}
         if config.use_proprio:
             sizes["proprioception"] = len(proprio_stats.mean)
@@ -66,7 +78,9 @@ class FlowPolicy:
     def with_flow(self, config: FlowConfig) -> "FlowPolicy":
         """The same policy as another distribution over chunks; it takes the same parameters."""
         config = dataclasses.replace(self.config, flow=config)
-        return FlowPolicy(config, self.action_stats, self.proprio_stats, self.cameras)
+        return FlowPolicy(
+            config, self.action_stats, self.proprio_stats, self.cameras, self.action_limits
+        )
 
     def for_inference(self, params: Params) -> Params:
         """The same policy, faster wherever no gradient is computed: every method takes these
@@ -269,6 +283,7 @@ class FlowPolicy:
         return inputs.pad(actions, self.config.action_dim, "actions")
 
     def _to_robot(self, x: jax.Array) -> jax.Array:
+        chex.assert_shape(x, (None, self.config.chunk, self.config.action_dim))
         x = x[..., : self.env_action_dim]
         x = unnormalize(x, self.action_stats, self.config.normalization)
-        return jnp.clip(x, -1.0, 1.0)
+        return jnp.clip(x, *self.action_limits.T)

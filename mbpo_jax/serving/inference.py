@@ -29,6 +29,7 @@ from mbpo_jax.types import Observation, Params, Prompt
 OPENPI_IMAGES = ("observation/image", "observation/wrist_image")  # of the first two cameras
 STATE = "observation/state"
 INSTRUCTION = "prompt"
+NEEDED = ("robot", "cameras", "image_size", "chunk", "seed", "pretrained", "policy")
 IDENTITY = ("episode", "chunk_index")
 
 
@@ -170,8 +171,9 @@ def load(
             value of the same run (`rl.selection`), `best_of_chunks` ahead.
 
     Raises:
-        StageError: there is none, or nothing to choose by.
-        ValueError: a `best_of` or `best_of_chunks` below 1.
+        StageError: there is none, or nothing to choose by, or a record of the run is lost.
+        ValueError: its parameters or statistics are damaged, or a `best_of` or `best_of_chunks` is
+            below 1.
     """
     if best_of < 1:
         raise ValueError(f"best_of is {best_of}: choose among 1 chunk or more")
@@ -182,6 +184,12 @@ def load(
             "a working directory, such as runs/libero_long_micro/improve"
         )
     config = read_config(checkpoint.parent)
+    missing = [name for name in NEEDED if name not in config]
+    if missing:
+        raise StageError(
+            f"{checkpoint.parent} is incomplete: no stage's config.json there has "
+            f"{', '.join(missing)}; copy the whole working directory again"
+        )
     with config.unlocked():
         config.rl = config.get("rl", {})
         if "flow" not in config.rl:  # before `improve`; acting does not depend on its entries

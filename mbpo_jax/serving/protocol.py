@@ -49,11 +49,23 @@ def _decode(entries: dict) -> Any:
     if b"__ndarray__" in entries:
         return _array(entries)
     if b"__npgeneric__" in entries:
-        value = entries.get(b"data")
-        if not isinstance(value, bool | int | float):
-            raise ValueError(f"a scalar's data is a number, not {type(value).__name__}")
-        return _dtype(entries).type(value)
+        return _scalar(entries)
     return entries
+
+
+def _scalar(entries: dict) -> np.generic:
+    dtype, value = _dtype(entries), entries.get(b"data")
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"a scalar's data is a number, not {type(value).__name__}")
+    try:
+        with np.errstate(over="ignore"):
+            scalar = dtype.type(value)
+    except (OverflowError, ValueError) as error:
+        raise ValueError(f"the scalar {value!r} is no {dtype}") from error
+    # A real number may be rounded, but not to infinity; any other is what was sent.
+    if scalar.item() != value and (dtype.kind != "f" or np.isinf(scalar)):
+        raise ValueError(f"the scalar {value!r} is no {dtype}")
+    return scalar
 
 
 def _array(entries: dict) -> np.ndarray:

@@ -10,11 +10,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from mbpo_jax.data.normalization import read_norm_stats
+from mbpo_jax.data.normalization import far_extremes, read_norm_stats
 from mbpo_jax.data.pipelines import ObservationBuilder
 from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, QwenTokenizer
 from mbpo_jax.embodiment import Embodiment
-from mbpo_jax.models.normalization import NormStats
+from mbpo_jax.models.normalization import BOUND, NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.rl.gae import chunk_discount
@@ -73,13 +73,23 @@ def observation_builder(config: Config) -> ObservationBuilder:
 
 def build_policy(config: Config, norm_stats: dict[str, NormStats]) -> FlowPolicy:
     """The policy of `config.policy` with the statistics of the data it is trained on; as a
-    distribution over chunks it is what `config.rl.flow` says."""
-    section = {**config.policy, "flow": config.rl.flow}
+    distribution over chunks it is what `config.rl.flow` says. Statistics by which some of that data
+    lies beyond `BOUND` are told on the terminal."""
+    section, embodiment = {**config.policy, "flow": config.rl.flow}, robot(config)
+    for name, names in (("actions", embodiment.actions), ("state", embodiment.states)):
+        if len(norm_stats[name].mean) != len(names):
+            raise ValueError(
+                f"the statistics of {name} have {len(norm_stats[name].mean)} dimensions, the robot "
+                f"{embodiment.name!r} has {len(names)}: use statistics of this robot"
+            )
+        for line in far_extremes(norm_stats[name], config.policy.normalization, names):
+            print(f"warning: {name} normalised beyond ±{BOUND:g}: {line}")
     return FlowPolicy(
         dataclass_from(Pi0Config, section),
         norm_stats["actions"],
         norm_stats["state"],
         tuple(config.cameras),
+        embodiment.action_limits,
     )
 
 

@@ -23,6 +23,7 @@ from mbpo_jax.stages.finetune_world_model import (
     FIDELITY_TRANSITIONS,
     answers,
     gripper_probes,
+    measured_statistics,
     spread,
     train_dynamics,
     world_model_episodes,
@@ -198,7 +199,9 @@ def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> 
     sources = transitions(study.train, study.builder, world.chunk)
     if world.chunk != study.world.chunk:
         some = _collated(sources, FIDELITY_TRANSITIONS)
-        params["statistics"] = world.measured(params, some)
+        params["statistics"] = measured_statistics(
+            config, world, params, some, study.train, sources
+        )
     return train_dynamics(config, world, params, sources, study.train, directory)
 
 

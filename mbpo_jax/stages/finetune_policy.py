@@ -7,11 +7,18 @@ import jax
 import numpy as np
 
 from mbpo_jax.data.episodes import read_episodes
-from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
+from mbpo_jax.data.normalization import compute_norm_stats, widen, write_norm_stats
 from mbpo_jax.data.pipelines import batches, demonstrations
+from mbpo_jax.models.normalization import BOUND, NormStats
 from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.stages.build import build_policy, checkpoint_origin, observation_builder
+from mbpo_jax.stages.build import (
+    Config,
+    build_policy,
+    checkpoint_origin,
+    observation_builder,
+    robot,
+)
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import LossFn, fit
@@ -37,9 +44,11 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     source = demonstrations(episodes, observation_builder(config))
     actions = np.concatenate([e.target_actions[e.num_actions > 0] for e in episodes])
     proprio = np.concatenate([e.proprio for e in episodes])
-    stats = {"actions": compute_norm_stats(actions), "state": compute_norm_stats(proprio)}
+    stats, widened = _statistics(config, actions, proprio)
     if jax.process_index() == 0:
         write_norm_stats(directory / "norm_stats.json", stats)
+        for line in widened:
+            print(f"[sft] normalisation widened to keep values within ±{BOUND:g}: {line}")
     policy = build_policy(config, stats)
     mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
     key = jax.random.key(config.seed)
@@ -75,7 +84,29 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
         "frames": len(source),
         "parameters": sum(x.size for x in jax.tree.leaves(actor)),
         "steps": section["steps"],
+        "normalization_widened": widened,
     }
+
+
+def _statistics(
+    config: Config, actions: np.ndarray, proprio: np.ndarray
+) -> tuple[dict[str, NormStats], list[str]]:
+    """openpi's two entries, and a line for each dimension that was widened (`widen`)."""
+    mode, embodiment = config.policy.normalization, robot(config)
+    stats, lines = {}, []
+    for name, x, names in (
+        ("actions", actions, embodiment.actions),
+        ("state", proprio, embodiment.states),
+    ):
+        if x.shape[-1] != len(names):
+            raise StageError(
+                f"the episodes have {x.shape[-1]} {name} dimensions, the robot "
+                f"{embodiment.name!r} has {len(names)}: import them again, or change the config's "
+                "robot"
+            )
+        stats[name], widened = widen(compute_norm_stats(x), x, mode, names)
+        lines += [f"{name}: {line}" for line in widened]
+    return stats, lines
 
 
 def flow_matching_loss(policy: FlowPolicy) -> LossFn:

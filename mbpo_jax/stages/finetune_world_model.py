@@ -22,6 +22,7 @@ from mbpo_jax.data.pipelines import (
     transitions,
 )
 from mbpo_jax.episode import Episode
+from mbpo_jax.models.normalization import BOUND
 from mbpo_jax.stages.build import (
     Config,
     build_world_model,
@@ -36,7 +37,7 @@ from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 from mbpo_jax.types import Observation, Params, Transition, WorldModel
 from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.checkpoint import load_bagel
-from mbpo_jax.world_model.statistics import neutral_statistics
+from mbpo_jax.world_model.statistics import neutral_statistics, widen_proprio
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 Images = Mapping[str, np.ndarray]  # per camera
@@ -79,7 +80,7 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
     some = collate([sources[i] for i in spread(len(sources), STATISTICS_TRANSITIONS)])
     if config.world_model.vae_training.steps:
         params = _train_vae(config, world, params, train, directory / "vae")
-    params["statistics"] |= world.measured(params, some)
+    params["statistics"] = measured_statistics(config, world, params, some, train, sources)
     params = train_dynamics(config, world, params, sources, train, directory / "dynamics")
     save_params(directory / "world_model", params)
     report = measure_fidelity(config, world, params, train, held_out, directory)
@@ -92,6 +93,32 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         **report,
     }
+
+
+def measured_statistics(
+    config: Config,
+    world: UMMWorld,
+    params: Params,
+    some: Transition,
+    episodes: list[Episode],
+    sources: Source,
+) -> Params:
+    """The statistics measured on some transitions, with room for all the others' proprioception;
+    where that has to be made, says so on the terminal."""
+    statistics = params["statistics"] | world.measured(params, some)
+    episode, now, later = sources.index.T
+    values = [
+        np.stack([episodes[e].proprio[f] for e, f in zip(episode, frames)])
+        for frames in (now, later)
+    ]
+    statistics, wide = widen_proprio(statistics, *values)
+    if wide:
+        names = ", ".join(robot(config).states[i] for i in wide)
+        print(
+            f"[world_model] statistics of proprioception widened to keep values within ±{BOUND:g}: "
+            f"{names}"
+        )
+    return statistics
 
 
 def count_clipped(episodes: list[Episode], limits: Sequence[tuple[float, float]]) -> int:

@@ -41,7 +41,7 @@ class Workspace:
     def summary(self, stage: str) -> dict | None:
         """What the finished stage reported, or None when it is not finished."""
         path = self.directory(stage) / "done.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read_json(path) if path.exists() else None
 
     def require(self, stage: str) -> dict:
         """The summary of a stage that must be finished.
@@ -81,7 +81,7 @@ class Workspace:
         path = self.directory(stage) / "config.json"
         if not path.exists():
             return
-        before, now = json.loads(path.read_text()), config_entries(self.config, sections)
+        before, now = _read_json(path), config_entries(self.config, sections)
         changes = differences(before, now)
         if changes:
             raise StageError(
@@ -115,11 +115,11 @@ def read_config(root: Path) -> ml_collections.ConfigDict:
     """The config of the run in `root`, as far as its stages have recorded it.
 
     Raises:
-        StageError: no stage has begun there.
+        StageError: no stage has begun there, or what one recorded is damaged.
     """
     config: dict = {}
     for path in sorted(Path(root).glob("*/config.json")):
-        for name, value in json.loads(path.read_text()).items():
+        for name, value in _read_json(path).items():
             *sections, entry = name.split(".")
             section = config
             for key in sections:
@@ -136,6 +136,19 @@ def _by_first_process(write: Callable[[], Any]) -> None:
         write()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("workspace")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no map of entries")
+    except (ValueError, OSError) as error:
+        raise StageError(
+            f"{path} is damaged ({error}): copy it again from where it came, or delete "
+            f"{path.parent} and run that stage again"
+        ) from error
+    return value
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     BestN,
     LatestN,
 )
 
+from mbpo_jax.models.stored_arrays import check_readable
 from mbpo_jax.types import Params
 
 
@@ -119,11 +121,11 @@ class Checkpoints:
         than the one that was saved, and its progress.
 
         Raises:
-            ValueError: the state has another origin (the message says what differs) or structure.
+            ValueError: the state is incomplete or corrupt, or has another origin (the message says
+                what differs) or structure.
         """
         step = self.latest_step() if step is None else step
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        record = record["record"]
+        record = self._record(step)
         changes = differences(record["origin"], self._origin)
         if changes:
             raise ValueError(
@@ -134,8 +136,8 @@ class Checkpoints:
         return self._restore_arrays(like, step), record["progress"]
 
     def restore_part(self, like: Any, step: int | None = None) -> Any:
-        """The entries of a state that `like` has, e.g. {"params": {"actor": ...}}, nested dicts;
-        nothing else is read. Any origin will do."""
+        """The entries of a state that `like` has, e.g. {"params": {"actor": ...}}, nested dicts.
+        Any origin will do. Raises ValueError where the state is incomplete or corrupt."""
         step = self.latest_step() if step is None else step
         return self._restore_arrays(like, step, partial_restore=True)
 
@@ -150,7 +152,26 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
+    def _record(self, step: int) -> dict:
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        try:
+            record = self._manager.restore(step, args=args)["record"]
+            return {"origin": record["origin"], "progress": record["progress"]}
+        except Exception as error:  # whatever the library makes of bytes that are not its own
+            raise ValueError(
+                f"{self.directory / str(step)} is incomplete or corrupt: its record cannot be read "
+                f"({error}); {self._without(step)}"
+            ) from error
+
+    def _without(self, step: int) -> str:
+        return (
+            f"delete {self.directory / str(step)}, and the training goes on from an earlier state "
+            "or starts again"
+        )
+
     def _restore_arrays(self, like, step, **options):
+        state = epath.Path(self.directory / str(step) / "state")
+        check_readable(state, self._without(step))
         args = _pytree_restore(like, **options)
         return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
@@ -190,11 +211,15 @@ def load_params(directory: Path, like: Params) -> Params:
 
     Raises:
         FileNotFoundError: when the directory does not exist.
-        ValueError: when it holds parameters of another model.
+        ValueError: when it is incomplete or corrupt, or holds parameters of another model.
     """
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise FileNotFoundError(f"no parameters at {directory}; run the stage that writes them")
+    check_readable(
+        epath.Path(directory),
+        f"copy it again from where it came, or delete {directory.parent} and run that stage again",
+    )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory, abstract)

@@ -9,8 +9,9 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ MODEL_FILES = ("ema.safetensors", "model.safetensors")
 VAE_FILE = "ae.safetensors"
 # BAGEL's code fixes these for its autoencoder; a vae_config.json overrides them.
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
+
+_COPY_AGAIN = "Copy it again from the released checkpoint."
 
 _ADAPTERS = {
     "time_embedder.fc1": "time_embedder.mlp.0",
@@ -52,8 +55,9 @@ def load_bagel(
             reads its own part only. None puts everything on the first device.
 
     Raises:
-        ValueError: a file is missing or truncated, or arrays are missing, unexpected or of another
-            shape; all of them are named in one message.
+        ValueError: a file is missing, truncated or another, a configuration lacks an entry, or
+            arrays are missing, unexpected or of another shape; all of them are named in one
+            message.
     """
     directory = Path(directory)
     with_weights = {**_open(_model_file(directory)), **_open(_existing(directory / VAE_FILE))}
@@ -66,7 +70,7 @@ def load_bagel(
     names = {_path(path): _sources(_path(path), leaf.shape) for path, leaf in leaves}
     # A world model that was saved again carries its own adapters too.
     extra = sorted(n for n in shapes if n.split(".")[0] in _OWN_ADAPTERS)
-    _account(names, {_path(path): leaf.shape for path, leaf in leaves}, shapes, extra)
+    _account(directory, names, {_path(path): leaf.shape for path, leaf in leaves}, shapes, extra)
 
     placed = shardings(tree) if shardings else None
     placed = jax.tree.leaves(placed) if placed is not None else [None] * len(leaves)
@@ -142,22 +146,42 @@ def read_config(
     directory: Path, config: UMMConfig, shapes: dict[str, tuple[int, ...]]
 ) -> UMMConfig:
     """`config` with the checkpoint's sizes."""
-    llm = json.loads(_existing(directory / "llm_config.json").read_text(encoding="utf-8"))
-    vit = json.loads(_existing(directory / "vit_config.json").read_text(encoding="utf-8"))
+    llm = _entries(
+        _existing(directory / "llm_config.json"),
+        (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+        ),
+        ("rope_theta", "rms_norm_eps"),
+    )
+    vit = _entries(
+        _existing(directory / "vit_config.json"),
+        ("hidden_size", "num_attention_heads", "intermediate_size"),
+        defaults={"layer_norm_eps": 1e-6},
+    )
+    vae = {"scale_factor": FLUX_SCALE, "shift_factor": FLUX_SHIFT}
     vae_file = directory / "vae_config.json"
-    vae = json.loads(vae_file.read_text(encoding="utf-8")) if vae_file.exists() else {}
+    if vae_file.exists():
+        vae = _entries(vae_file, defaults=vae)
 
-    def shape(name):
-        if name not in shapes:
-            raise ValueError(f"The checkpoint in {directory} has no array {name!r}.")
-        return shapes[name]
+    def shape(name, axes=2):
+        found = shapes.get(name)
+        if found is None or len(found) != axes:
+            raise ValueError(
+                f"The checkpoint in {directory} has no array {name!r} of {axes} axes: "
+                f"{'it is missing' if found is None else f'its shape is {found}'}. {_COPY_AGAIN}"
+            )
+        return found
 
     patch_values = shape("vit_model.vision_model.embeddings.patch_embedding.weight")[1]
     widths = [0] * (1 + max(_numbers(shapes, r"encoder\.down\.(\d+)\.")))
     for i in range(len(widths)):
-        widths[i] = shape(f"encoder.down.{i}.block.0.conv1.weight")[0]
-    channels, pixels = shape("encoder.conv_in.weight")[:2]
-    z_channels = shape("decoder.conv_in.weight")[1]
+        widths[i] = shape(f"encoder.down.{i}.block.0.conv1.weight", 4)[0]
+    channels, pixels = shape("encoder.conv_in.weight", 4)[:2]
+    z_channels = shape("decoder.conv_in.weight", 4)[1]
     return dataclasses.replace(
         config,
         mot=dataclasses.replace(
@@ -178,7 +202,7 @@ def read_config(
             mlp_size=vit["intermediate_size"],
             patch_size=math.isqrt(patch_values // 3),
             max_patches_per_side=math.isqrt(shape("vit_pos_embed.pos_embed")[0]),
-            norm_eps=vit.get("layer_norm_eps", 1e-6),
+            norm_eps=vit["layer_norm_eps"],
             dtype=config.vit.dtype,
         ),
         vae=VAEConfig(
@@ -186,8 +210,8 @@ def read_config(
             multipliers=tuple(w // channels for w in widths),
             num_res_blocks=1 + max(_numbers(shapes, r"encoder\.down\.\d+\.block\.(\d+)\.")),
             z_channels=z_channels,
-            scale_factor=vae.get("scale_factor", FLUX_SCALE),
-            shift_factor=vae.get("shift_factor", FLUX_SHIFT),
+            scale_factor=vae["scale_factor"],
+            shift_factor=vae["shift_factor"],
             norm_groups=32,
             patch_size=math.isqrt(pixels // 3),
             dtype=config.vae.dtype,
@@ -195,6 +219,32 @@ def read_config(
         latent_patch=math.isqrt(shape("vae2llm.weight")[1] // z_channels),
         max_latent_side=math.isqrt(shape("latent_pos_embed.pos_embed")[0]),
     )
+
+
+def _entries(
+    path: Path,
+    counts: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    defaults: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Entries of a JSON file: `counts` are whole numbers from 1, the others are finite."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no JSON: {error}. {_COPY_AGAIN}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds no map of entries. {_COPY_AGAIN}")
+    found = {**defaults, **document}
+    wrong = [
+        f"{name} is {found.get(name, 'missing')!r:.80}"
+        for name in (*counts, *numbers, *defaults)
+        if type(found.get(name)) not in ((int,) if name in counts else (int, float))
+        or not math.isfinite(found[name])
+        or (name in counts and found[name] < 1)
+    ]
+    if wrong:
+        raise ValueError(f"{path} lacks what it must have: {', '.join(wrong)}. {_COPY_AGAIN}")
+    return {name: found[name] for name in (*counts, *numbers, *defaults)}
 
 
 def _fresh(config: UMMConfig, seed: int) -> Params:
@@ -266,7 +316,7 @@ def _released_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
-def _account(names, ours, shapes, extra):
+def _account(directory, names, ours, shapes, extra):
     expected = {
         name: _released_shape(path, ours[path]) for path, group in names.items() for name in group
     }
@@ -280,7 +330,9 @@ def _account(names, ours, shapes, extra):
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
     if any(lists.values()):
         found = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in lists.items() if v)
-        raise ValueError(f"The checkpoint does not fit its configuration. Arrays {found}.")
+        raise ValueError(
+            f"The checkpoint in {directory} does not fit its configuration. Arrays {found}."
+        )
 
 
 def _read(sources, path, shape, files, sharding):
@@ -309,7 +361,9 @@ def _open(path: Path):
     try:
         file = safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
+        raise ValueError(
+            f"{path} is truncated or no safetensors file: {error}. {_COPY_AGAIN}"
+        ) from error
     return {name: file for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
@@ -322,7 +376,7 @@ def _model_file(directory: Path) -> Path:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{path} is missing: it belongs to a BAGEL checkpoint.")
+        raise ValueError(f"{path} is missing: it belongs to a BAGEL checkpoint. {_COPY_AGAIN}")
     return path
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mbpo_jax.models.normalization import BOUND
 from mbpo_jax.types import Params, Transition
 from mbpo_jax.world_model.autoencoder import Autoencoder
 from mbpo_jax.world_model.config import UMMConfig
@@ -63,6 +64,21 @@ def proprio_statistics(config: UMMConfig, transitions: Transition) -> Params:
         "change": jnp.sqrt(jnp.mean(jnp.square(change), 0)) + 1e-6,
     }
     return {"proprio": found}
+
+
+def widen_proprio(
+    statistics: Params, now: np.ndarray, later: np.ndarray
+) -> tuple[Params, list[int]]:
+    """`statistics` by which no proprioception of transitions, `now` and `later` float32 [N, P], and
+    no change of it is standardised beyond ±BOUND, and the dimensions where that takes others than
+    were measured on a sample of them."""
+    found = statistics.get("proprio")
+    if found is None:
+        return statistics, []
+    std = jnp.maximum(found["std"], np.abs(now - found["mean"]).max(axis=0) / BOUND)
+    change = jnp.maximum(found["change"], np.abs(later - now).max(axis=0) / BOUND)
+    wide = np.flatnonzero((std > found["std"]) | (change > found["change"])).tolist()
+    return {**statistics, "proprio": {**found, "std": std, "change": change}}, wide
 
 
 def composition_statistics(

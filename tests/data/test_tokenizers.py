@@ -149,6 +149,22 @@ def test_qwen_bad_files(qwen_files, tmp_path):
         QwenTokenizer(qwen_files)
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["<!DOCTYPE html>", "[1]", '{"added_tokens_decoder": 3}'])
+def test_qwen_damaged_files(qwen_files, name, content):
+    (qwen_files / name).write_text(content)
+    with pytest.raises(ValueError, match="token") as error:
+        QwenTokenizer(qwen_files)
+    assert str(qwen_files) in str(error.value)
+
+
+def test_qwen_damaged_tokenizer_json(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("<!DOCTYPE html>")
+    with pytest.raises(ValueError, match="damaged") as error:
+        QwenTokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
 def test_pad_prompt():
     prompt = pad_prompt([7, 8, 9], 5, "a b c")
     np.testing.assert_array_equal(prompt.tokens, [7, 8, 9, 0, 0])

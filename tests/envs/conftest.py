@@ -22,7 +22,7 @@ FAKE_WORKER = """
     from multiprocessing.connection import Connection
     from pathlib import Path
     import numpy as np
-    from mbpo_jax.envs.requests import EpisodeResult, Query
+    from mbpo_jax.envs.requests import EpisodeResult, Failure, Query
 
     folder = Path(__file__).parent
     connection = Connection(int(sys.argv[1]))
@@ -41,8 +41,10 @@ FAKE_WORKER = """
         if seed == 200 and first:
             time.sleep(3600)
         if seed == 400:
-            connection.send(ValueError("the goal is unknown"))
+            connection.send(Failure("the goal is unknown"))
             continue
+        if seed == 500:
+            raise OSError("the disk is on fire")
         total = 0.0
         if job.source is not None:
             for index in range(3):

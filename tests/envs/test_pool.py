@@ -2,13 +2,19 @@
 
 import os
 import signal
+import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 
+import jax
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.pool import EnvPool
-from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs import worker
+from mbpo_jax.envs.pool import EnvPool, WorkerError
+from mbpo_jax.envs.requests import EpisodeRequest, Failure
 
 
 def alive(pid):
@@ -47,10 +53,86 @@ def test_an_episode_that_always_crashes_is_an_error_with_its_last_words(fake_wor
 
 def test_an_exception_is_raised_here_and_ends_the_workers(fake_workers):
     with EnvPool("libero_10", 2) as pool:
-        with pytest.raises(ValueError, match="the goal is unknown"):
+        with pytest.raises(WorkerError, match="the goal is unknown"):
             list(pool.expert_episodes(requests(1, 400)))
         assert pool._seats == []
         assert [r.request.seed for r in pool.expert_episodes(requests(5))] == [5]
+
+
+def test_a_worker_that_ends_by_an_exception_is_told_without_its_traceback(fake_workers):
+    with EnvPool("libero_10", 1) as pool, pytest.raises(WorkerError) as error:
+        list(pool.expert_episodes(requests(500)))
+    assert "OSError: the disk is on fire" in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert "File" not in str(error.value)
+
+
+def test_an_error_that_a_compiled_program_has_wrapped_is_told_as_it_was(fake_workers):
+    def execute():
+        with EnvPool("libero_10", 1) as pool:
+            try:
+                list(pool.expert_episodes(requests(400)))
+            except WorkerError:
+                raise jax.errors.JaxRuntimeError("INTERNAL: Traceback (most ...") from None
+
+    with pytest.raises(WorkerError, match=r"^the goal is unknown$"):
+        execute()
+
+
+@pytest.mark.libero
+def test_an_error_of_the_simulator_comes_from_the_worker_as_it_was_told(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+    with EnvPool("libero_10", 1) as pool, pytest.raises(WorkerError, match="MUJOCO") as error:
+        list(pool.expert_episodes(requests(1)))
+    assert "Traceback" not in str(error.value)
+    assert pool.restarts == 0
+
+
+class Odd(Exception):
+    """Of a kind that another process cannot make again from its arguments."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no OpenGL"),
+        AssertionError("no such device"),
+        ImportError("no simulator"),
+        OSError("no file"),
+        BrokenPipeError("no pipe of the simulator's"),
+        EOFError("no input"),
+        KeyError("no key"),
+        AssertionError(),
+        Odd("one", "two"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_an_episode_raises_on_a_worker_is_one_message(monkeypatch, error):
+    """The worker's own program in a thread, at the other end of a connection."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mbpo_jax.envs.suites.make_env", fail)
+    monkeypatch.setattr("mbpo_jax.envs.worker.signal.signal", lambda *_: None)
+    ours, theirs = socket.socketpair()
+    with ThreadPoolExecutor(1) as threads, Connection(ours.detach()) as connection:
+        ended = threads.submit(worker.main, theirs.detach())
+        connection.send(worker.EnvSettings("libero_10", ("agentview",), 32, 10))
+        for _ in range(2):  # it lives on
+            connection.send(worker.Job(EpisodeRequest(0, seed=1)))
+            answer = connection.recv()
+            assert isinstance(answer, Failure)
+            assert str(error) in answer.message
+            assert answer.message.strip()
+            assert "Traceback" not in answer.message
+        connection.close()
+        ended.result(30)
 
 
 def test_a_policy_answers_each_query(fake_workers):
@@ -103,12 +185,12 @@ def test_no_process_is_left_behind(fake_workers, way_out):
 def test_workers_end_when_the_pool_is_gone(fake_workers):
     pool = EnvPool("libero_10", 1)
     assert len(list(pool.expert_episodes(requests(1)))) == 1
-    worker = pool._seats.pop().worker
-    worker.connection.close()  # as when the parent is killed
+    orphan = pool._seats.pop().worker
+    orphan.connection.close()  # as when the parent is killed
     deadline = time.monotonic() + 20
-    while worker.process.poll() is None and time.monotonic() < deadline:
+    while orphan.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert worker.process.poll() is not None
+    assert orphan.process.poll() is not None
 
 
 def test_a_pool_without_workers_is_refused():

@@ -1,6 +1,8 @@
 """The choice of an OpenGL, and leaving out what a camera cannot see."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from mbpo_jax.envs import rendering
 
 @pytest.fixture
 def clean_environment(monkeypatch):
-    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", rendering.DEVICE, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")  # so that what the test sets is undone
     return monkeypatch
 
@@ -31,6 +33,74 @@ def test_a_backend_that_is_asked_for_is_tried_alone(clean_environment):
     os.environ["MUJOCO_GL"] = "osmesa"
     with pytest.raises(RuntimeError, match="MUJOCO_GL=osmesa asks for it"):
         rendering.select_backend()
+
+
+def with_devices(environment, *works):
+    """As if EGL had devices that work or not; `works` is called in the order of the numbers."""
+    devices = [lambda answer=answer: answer for answer in works]
+    environment.setattr(rendering, "egl_devices", lambda: devices)
+
+
+@pytest.mark.parametrize(
+    ("visible", "works", "device"),
+    [
+        ("", (True,), "0"),
+        ("-1", (True,), "0"),
+        ("3", (True,), "0"),
+        ("GPU-8f5d7b2e-0000-1111-2222-333344445555", (False, True), "1"),
+        ("MIG-GPU-8f5d7b2e/1/0", (True,), "0"),
+        ("NoDevFiles", (True,), "0"),
+        ("1", (True, True), "1"),
+        (" 2 , 0", (True, True, True), "2"),
+        ("2,0", (True, True), "0"),
+        ("1", (True, False), "0"),
+    ],
+)
+def test_every_form_of_cuda_visible_devices_renders(clean_environment, visible, works, device):
+    with_devices(clean_environment, *works)
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    assert rendering.select_backend() == "egl"
+    assert os.environ[rendering.DEVICE] == device
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+@pytest.mark.parametrize("asked", ["2", "1", "-1", "gpu", "0,1", "GPU-8f5d7b2e", "0.0"])
+def test_an_egl_device_that_is_not_there_is_named(clean_environment, asked):
+    with_devices(clean_environment, True, False)
+    os.environ.update({rendering.DEVICE: asked, "CUDA_VISIBLE_DEVICES": "0,1"})
+    with pytest.raises(RuntimeError, match=f"MUJOCO_EGL_DEVICE_ID={asked} .* are 2,"):
+        rendering.select_backend()
+
+
+def test_an_egl_device_that_is_there_is_taken(clean_environment):
+    with_devices(clean_environment, True, True, True)
+    os.environ.update({rendering.DEVICE: " 2", "CUDA_VISIBLE_DEVICES": "0,1"})
+    assert rendering.select_backend() == "egl"
+    assert os.environ[rendering.DEVICE] == "2"
+
+
+def test_without_egl_its_variables_do_not_matter(clean_environment):
+    with_devices(clean_environment)
+    clean_environment.setitem(rendering.BACKENDS, "osmesa", lambda: True)
+    os.environ.update({rendering.DEVICE: "7", "CUDA_VISIBLE_DEVICES": "GPU-1"})
+    assert rendering.select_backend() == "osmesa"
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("visible", ["", "GPU-8f5d7b2e-0000-1111-2222-333344445555", "77"])
+def test_the_simulators_renderer_takes_the_device_that_was_found(visible):
+    program = (
+        "from mbpo_jax.envs import simulator; simulator.prepare_robosuite();"
+        "from robosuite.utils.binding_utils import GLContext; GLContext(8, 8, device_id=-1);"
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    environment.pop(rendering.DEVICE, None)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == visible
 
 
 def test_no_opengl_names_the_packages(clean_environment):

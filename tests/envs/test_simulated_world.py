@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.pool import EnvPool
+from mbpo_jax.envs.pool import EnvPool, WorkerError
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.simulated_world import SimulatedWorld, can_repeat
 from mbpo_jax.types import Observation, Prompt
@@ -78,3 +78,23 @@ def test_only_moments_that_can_be_reached_again_are_starts(pool, episode):
     assert not can_repeat(dataclasses.replace(episode, **late))
     with pytest.raises(ValueError, match="none of the 1 episodes can be continued"):
         SimulatedWorld(pool, [dataclasses.replace(episode, seed=-1)], branch_chunks=1)
+
+
+def test_what_stops_a_worker_of_a_compiled_program_is_told_once(episode, monkeypatch, caplog):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
+
+    def imagine():
+        with EnvPool("libero_10", 1, image_size=32) as broken:
+            world = SimulatedWorld(broken, [episode], branch_chunks=1)
+
+            @jax.jit
+            def step(start, chunk):
+                state = world.encode({}, start, jax.random.key(0))
+                return world.step({}, state, chunk, jax.random.key(0)).observation.proprio
+
+            return jax.device_get(step(observation(episode, [1]), episode.actions[[1]]))
+
+    with pytest.raises(WorkerError, match="MUJOCO") as error:
+        imagine()
+    assert "Traceback" not in str(error.value) + caplog.text

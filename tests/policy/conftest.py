@@ -26,6 +26,7 @@ TINY = Pi0Config(
     times_per_example=2,
 )
 ACTION_DIM = 3
+LIMITS = ((-1.0, 1.0),) * ACTION_DIM
 
 
 def stats(size: int) -> NormStats:
@@ -35,7 +36,7 @@ def stats(size: int) -> NormStats:
 
 def make_policy(**changes) -> FlowPolicy:
     return FlowPolicy(
-        dataclasses.replace(TINY, **changes), stats(ACTION_DIM), stats(4), cameras=CAMERAS
+        dataclasses.replace(TINY, **changes), stats(ACTION_DIM), stats(4), CAMERAS, LIMITS
     )
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -67,6 +68,24 @@ def test_checkpoint_of_another_size_says_what_fits():
     config = dataclasses.replace(fixture_config(GOLDEN), vocab_size=300, action_dim=32)
     with pytest.raises(ValueError, match="vocab_size=256, action_dim=7 would fit"):
         load_openpi(str(GOLDEN / "params"), config)
+
+
+def test_a_checkpoint_that_lost_a_file_names_the_array(tmp_path):
+    shutil.copytree(GOLDEN / "params", tmp_path / "params")
+    data = (tmp_path / "params" / "ocdbt.process_0" / "d").iterdir()
+    max(data, key=lambda path: path.stat().st_size).unlink()
+    with pytest.raises(ValueError, match=r"incomplete or corrupt: the array params\.") as error:
+        load_openpi(str(tmp_path / "params"), fixture_config(GOLDEN))
+    assert str(tmp_path / "params") in str(error.value)
+
+
+@pytest.mark.parametrize("kept", ["_METADATA", "manifest.ocdbt", "d"])
+def test_one_file_of_a_checkpoint_is_incomplete(tmp_path, kept):
+    (tmp_path / "params").mkdir()
+    copy = shutil.copytree if (GOLDEN / "params" / kept).is_dir() else shutil.copy
+    copy(GOLDEN / "params" / kept, tmp_path / "params" / kept)
+    with pytest.raises(ValueError, match="incomplete or corrupt"):
+        load_openpi(str(tmp_path / "params"), fixture_config(GOLDEN))
 
 
 def test_missing_directory_is_named(tmp_path):

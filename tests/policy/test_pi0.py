@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,19 @@ import pytest
 
 from mbpo_jax.policy import network
 from mbpo_jax.policy.config import LoraConfig, variants
+from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.types import Prompt
 
-from .conftest import ACTION_DIM, FLOWS, TINY, make_observation, make_policy, random_params, stats
+from .conftest import (
+    ACTION_DIM,
+    CAMERAS,
+    FLOWS,
+    TINY,
+    make_observation,
+    make_policy,
+    random_params,
+    stats,
+)
 
 
 def velocity_of(policy, params, observation, camera_mask=None):
@@ -136,19 +147,21 @@ def test_flow_sde_keys_choose_steps_and_noise(observation):
 
 
 def test_actions_are_in_robot_units(observation):
-    policy = make_policy()
+    limits = np.array([(-0.3, 0.4), (0.0, 2.0), (-5.0, 5.0)])
+    policy = FlowPolicy(TINY, stats(ACTION_DIM), stats(4), CAMERAS, limits)
     params = random_params(policy)
     actions = jax.jit(policy.act)(params, observation, jax.random.key(0))
-    assert actions.shape == (3, 4, ACTION_DIM)
-    assert np.abs(actions).max() <= 1
-    # A network that is zero everywhere leaves the noise as it is; quantile statistics scale it.
+    chex.assert_shape(actions, (3, 4, ACTION_DIM))
+    # A network that is zero everywhere leaves the noise as it is; quantile statistics scale it, and
+    # the robot's limits cut it off.
     zero = jax.tree.map(jnp.zeros_like, params)
     noise = jax.random.normal(jax.random.key(0), (3, 4, 5))[..., :ACTION_DIM]
     low, high = stats(ACTION_DIM).q01, stats(ACTION_DIM).q99
-    expected = np.clip((noise + 1) / 2 * (high - low + 1e-6) + low, -1, 1)
+    expected = np.clip((noise + 1) / 2 * (high - low + 1e-6) + low, *limits.T)
     np.testing.assert_allclose(
         policy.act(zero, observation, jax.random.key(0)), expected, atol=1e-6
     )
+    assert np.any(expected > 1)
 
 
 def test_value_is_the_minimum_and_does_not_train_the_actor(observation):

@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs import libero_panda
 from mbpo_jax.data.normalization import write_norm_stats
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.serving.inference import load
@@ -22,12 +23,14 @@ def checkpoint(tmp_path_factory):
     """RUN/sft of a run that has done nothing else."""
     jax.config.update("jax_disable_most_optimizations", True)  # before any test's own fixture
     network = dataclasses.replace(TINY, vocab_size=512, max_prompt_tokens=16, action_dim=8)
-    policy = FlowPolicy(network, stats(7), stats(8), CAMERAS)  # a LIBERO robot
+    limits = libero_panda.ROBOT.action_limits
+    policy = FlowPolicy(network, stats(7), stats(8), CAMERAS, limits)
     section = dataclasses.asdict(policy.config)
     del section["flow"]
     config = ml_collections.ConfigDict(
         {
             "cameras": CAMERAS,
+            "robot": dataclasses.asdict(libero_panda.ROBOT),
             "image_size": 16,
             "chunk": policy.config.chunk,
             "seed": 3,

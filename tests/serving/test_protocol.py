@@ -33,6 +33,10 @@ def array_of(**changes):
     return msgpack.packb({key.encode(): value for key, value in entries.items()})
 
 
+def scalar_of(data, dtype):
+    return msgpack.packb({b"__npgeneric__": True, b"data": data, b"dtype": dtype})
+
+
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
@@ -49,7 +53,18 @@ def array_of(**changes):
         (array_of(shape=[3]), "reshape"),
         (array_of(shape=[-1]), "list of sizes"),
         (array_of(shape=[2**40, 0]), "reshape"),
-        (msgpack.packb({b"__npgeneric__": True, b"data": [1], b"dtype": "<f4"}), "is a number"),
+        (array_of(shape=[2**64 - 1]), "dimension"),
+        (array_of(shape=[2**63, 0]), "dimension"),
+        (scalar_of([1], "<f4"), "is a number"),
+        (scalar_of(300, "|u1"), "300 is no uint8"),
+        (scalar_of(-1, "|u1"), "-1 is no uint8"),
+        (scalar_of(2**64 - 1, "<i8"), "18446744073709551615 is no int64"),
+        (scalar_of(float("inf"), "<i8"), "inf is no int64"),
+        (scalar_of(float("nan"), "<i4"), "nan is no int32"),
+        (scalar_of(2.5, "<i4"), "2.5 is no int32"),
+        (scalar_of(2, "|b1"), "2 is no bool"),
+        (scalar_of(1e39, "<f4"), "1e\\+39 is no float32"),
+        (scalar_of(70000, "<f2"), "70000 is no float16"),
     ],
 )
 def test_what_is_malformed_is_a_value_error(data, complaint):
@@ -60,6 +75,28 @@ def test_what_is_malformed_is_a_value_error(data, complaint):
 def test_objects_are_not_packed():
     with pytest.raises(TypeError, match="plain values"):
         pack({"x": np.array([object()])})
+
+
+@given(
+    st.sampled_from("?bBhHiIqQefd"),
+    st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.none() | st.binary(),
+)
+def test_a_scalar_is_of_its_type_and_near_its_value_or_a_value_error(code, value):
+    with contextlib.suppress(ValueError):
+        scalar = unpack(scalar_of(value, np.dtype(code).str))
+        assert scalar.dtype == np.dtype(code)
+        assert np.isclose(float(scalar), value, rtol=1e-3, atol=1e-7, equal_nan=True)
+
+
+@given(
+    st.sampled_from("?bBhHiIqQefd"),
+    st.lists(st.integers(-1, 3) | st.integers(0, 2**64 - 1), max_size=70),
+    st.binary(max_size=64),
+)
+def test_an_array_is_what_it_says_or_a_value_error(code, shape, data):
+    with contextlib.suppress(ValueError):
+        array = unpack(array_of(dtype=np.dtype(code).str, shape=shape, data=data))
+        assert array.shape == tuple(shape)
 
 
 @given(st.binary(max_size=200))

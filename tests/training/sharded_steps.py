@@ -34,7 +34,7 @@ from mbpo_jax.training.sharding import (
 from mbpo_jax.types import Demonstration, RewardExample, Transition
 from mbpo_jax.world_model.statistics import neutral_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
-from tests.policy.conftest import TINY, make_observation, stats
+from tests.policy.conftest import LIMITS, TINY, make_observation, stats
 from tests.toy import ToyPolicy, ToyWorld, observation
 from tests.world_model import conftest as tiny_world
 
@@ -60,7 +60,7 @@ def config(mesh: str, rollout="shard_map", world_model="replicated") -> ml_colle
 
 @functools.cache
 def models() -> tuple[FlowPolicy, dict, UMMWorld, dict]:
-    policy = FlowPolicy(TINY, stats(ACTION_DIM), stats(4), CAMERAS)
+    policy = FlowPolicy(TINY, stats(ACTION_DIM), stats(4), CAMERAS, LIMITS)
     tokenizer = tiny_world.WordTokenizer()
     world = UMMWorld(tiny_world.TINY, CAMERAS, 16, ACTION_DIM, TINY.chunk, tokenizer)
     statistics = jax.tree.map(np.asarray, neutral_statistics(world.config, CAMERAS, ACTION_DIM))

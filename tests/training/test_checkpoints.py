@@ -1,6 +1,7 @@
 import contextlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -180,3 +181,70 @@ def test_parameters_round_trip(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, again)
     with pytest.raises(FileNotFoundError, match="run the stage"):
         load_params(tmp_path / "absent", params)
+
+
+def lose(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace(path):
+    path.write_bytes(b"<!DOCTYPE html><html>403 Forbidden</html>")
+
+
+def garble(path):
+    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+DAMAGES = (lose, empty, cut, replace, garble)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parameters_are_refused_or_not_needed(tmp_path, damage):
+    """A file of an Orbax folder that is damaged is one message that names the folder, unless the
+    parameters can be had without it: never others, never another exception."""
+    rng = np.random.default_rng(0)
+    params = {"a": {"w": rng.normal(size=(200, 200)).astype(np.float32)}, "b": np.ones(3)}
+    save_params(tmp_path / "whole", params)
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    refused = []
+    for number, file in enumerate(files):
+        broken = tmp_path / f"broken_{number}"
+        shutil.copytree(tmp_path / "whole", broken)
+        damage(broken / file.relative_to(tmp_path / "whole"))
+        try:
+            found = load_params(broken, params)
+        except ValueError as error:
+            assert str(broken) in str(error)  # noqa: PT017
+            refused.append(file)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, found, params)
+    largest = max(files, key=lambda path: path.stat().st_size)
+    assert {largest, tmp_path / "whole" / "_METADATA"} <= set(refused)
+
+
+def test_parameters_that_are_not_finite_are_named(tmp_path):
+    params = {"a": {"w": jnp.array([1.0, jnp.nan])}, "b": jnp.ones(2)}
+    save_params(tmp_path / "p", params)
+    with pytest.raises(ValueError, match=r"array a\.w .*not finite"):
+        load_params(tmp_path / "p", params)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("item", ["state", "record"])
+def test_a_damaged_state_says_what_to_delete(tmp_path, item, damage):
+    with Checkpoints(tmp_path, ORIGIN) as checkpoints:
+        checkpoints.save(3, state(3.0, size=5000))
+        checkpoints.wait()
+        files = [path for path in (tmp_path / "3" / item).rglob("*") if path.is_file()]
+        damage(max(files, key=lambda path: (path.suffix == "", path.stat().st_size)))
+        with pytest.raises(ValueError, match=r"incomplete or corrupt") as error:
+            checkpoints.restore(state(0.0, size=5000))
+    assert f"delete {tmp_path / '3'}" in str(error.value)

@@ -168,7 +168,8 @@ def test_rules_split_the_named_dimensions():
 
 
 def test_nearly_all_of_the_full_size_policy_is_split():
-    policy = FlowPolicy(variants()["pi05"], stats(7), stats(8), ("agentview",))
+    limits = [(-1.0, 1.0)] * 7
+    policy = FlowPolicy(variants()["pi05"], stats(7), stats(8), ("agentview",), limits)
     shapes = jax.eval_shape(policy.init, jax.random.key(0))["actor"]
     split = parameter_sharding(shapes, mesh(), get_config("paper").parallel.rules)
     sizes = [x.size for x in jax.tree.leaves(shapes)]
