@@ -11,7 +11,12 @@ from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
 from mbpo_jax.data.pipelines import batches, demonstrations
 from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.stages.build import build_policy, checkpoint_origin, observation_builder
+from mbpo_jax.stages.build import (
+    build_policy,
+    check_prompts,
+    checkpoint_origin,
+    observation_builder,
+)
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import LossFn, fit
@@ -31,6 +36,7 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
                 "from: set --config.policy.advantage_conditioned, or leave sft.rollouts empty"
             )
         episodes += read_episodes(config.sft.rollouts)
+    check_prompts(workspace, directory.name, episodes)
     source = demonstrations(episodes, observation_builder(config))
     actions = np.concatenate([e.target_actions[e.num_actions > 0] for e in episodes])
     proprio = np.concatenate([e.proprio for e in episodes])

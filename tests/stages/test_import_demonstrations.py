@@ -32,6 +32,7 @@ def config():
 
 def run(config, source, workdir, format="lerobot", **options):
     defaults = {"map": [], "skip_bad": False, "dry_run": False, "stage": "demonstrations"}
+    defaults |= {"instruction": None, "all_successes": False, "orientation": None, "range": []}
     return main(
         config,
         SimpleNamespace(**(defaults | options), format=format, source=source, workdir=workdir),
@@ -134,9 +135,9 @@ def bad_files(directory):
         "floats": (good, floats, "frames are float64, expected uint8"),
         "first": (good, first, r"frames of shape \(3, 16, 16\) have their channels first"),
         "integers": (good, {"actions": good.actions.astype(int)}, "actions are int64"),
-        "nan": (nan, {}, "actions are not finite at 2 steps, first at step 3"),
+        "nan": (nan, {}, "actions: not finite at 2 rows, first at row 3"),
         "short": (short, {}, "3 steps are shorter than a chunk of 4"),
-        "size": (good, wrong_size, "actions have 6 dimensions, the config has action_dim = 7"),
+        "size": (good, wrong_size, "6 actions, the robot libero_panda has 7"),
         "rows": (good, fewer, "obs/ee_states has 14, obs/gripper_states has 9"),
     }
     directory.mkdir()
@@ -154,8 +155,8 @@ def bad_files(directory):
     said = {name: message for name, (_, _, message) in cases.items()}
     return said | {
         "mute": "the instruction is empty",
-        "fast": r"control rate in Hz is 50\.0, while 3 of 4 episodes have 20\.0",
-        "cut": "cut.hdf5 is truncated",
+        "fast": "recorded at 50 Hz, the robot libero_panda acts at 20 Hz",
+        "cut": r"cut\.hdf5: .*truncated",
     }
 
 

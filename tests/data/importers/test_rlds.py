@@ -83,11 +83,11 @@ def test_contradicting_features(tmp_path, layout, names):
     action, mode, count, corrupt, nothing = entries(
         write_tfrecord(tmp_path / "a.tfrecord", records), names
     )
-    with pytest.raises(ValueError, match="action has 97 numbers for 14 steps"):
+    with pytest.raises(ValueError, match="action: it has 97 numbers for 14 steps"):
         action.read()
     for entry, message in [
         (mode, "mode L, expected 8-bit RGB"),
-        (count, "5 encoded images for 14 steps"),
+        (count, "5 texts or images for 14 steps"),
         (corrupt, "an image is corrupt"),
     ]:
         facts, _ = convert("a", entry.read(), layout)
