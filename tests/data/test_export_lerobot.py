@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -40,13 +41,14 @@ def episode(truth, success=True, first=0):
 
 def test_import_gives_the_same_episodes(tmp_path, assert_same_episode):
     episodes = [episode(Truth(14)), episode(Truth(17), success=False)]
-    assert export_lerobot(tmp_path / "set", iter(episodes), control_rate=20) == 2
+    assert export_lerobot(tmp_path / "set", iter(episodes), control_rate=10) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
     found = entries(tmp_path / "set", Names(CAMERAS, {}))
     for entry, original in zip(found, episodes, strict=True):
         recording = entry.read()
-        assert recording.control_rate == 20
-        assert_same_episode(convert(entry.name, recording, LAYOUT)[1], original)
+        assert recording.control_rate == 10
+        slow = dataclasses.replace(LAYOUT, robot=dataclasses.replace(ROBOT, control_hz=10))
+        assert_same_episode(convert(entry.name, recording, slow)[1], original)
 
 
 def test_begins_at_the_first_frame(tmp_path):

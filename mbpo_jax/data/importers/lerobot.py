@@ -52,6 +52,7 @@ _CAMERAS = {
 }
 _TIMESTAMP_TOLERANCE = 0.25  # of a step
 _STRETCH_TOLERANCE = 0.5  # frames
+_LARGEST = 2**53  # of the numbers in meta/
 _KINDS = {str: "a text", int: "a whole number", float: "a number", dict: "an object"}
 
 
@@ -95,11 +96,12 @@ def entries(source: Path, names: Names) -> list[Entry]:
             refused[i] = str(error)
     known = [i for i in range(len(rows)) if i not in refused]
     refused |= {known[i]: why for i, why in _shared(episodes, info["fps"]).items()}
-    # How many frames a video should have, where that is known of all episodes.
-    frames = collections.Counter()
-    if len(known) == len(rows):
-        for episode in episodes:
-            frames.update({path: episode.length for path, _ in episode.videos.values()})
+    frames = collections.Counter()  # how many each video should have
+    for episode in episodes:
+        frames.update({path: episode.length for path, _ in episode.videos.values()})
+    complete = len(known) == len(rows) and all(path.is_file() for path in frames)
+    if info["codebase_version"] == "v3.0" and not complete:
+        frames.clear()  # an episode of which it is unknown may be in any of them
     found = dict(zip(known, episodes, strict=True))
 
     def read(i):
@@ -196,8 +198,8 @@ def _value(entries: Mapping, name: str, kind: type):
     allowed = (int, float) if kind is float else kind
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise ValueError(f"{name} is {value!r:.60}, expected {_KINDS[kind]}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, expected {_KINDS[kind]}")
+    if isinstance(value, int | float) and not -_LARGEST < value < _LARGEST:
+        raise ValueError(f"{name} is {value!r:.60}, expected {_KINDS[kind]} within reason")
     return value
 
 
@@ -283,6 +285,7 @@ def _read(
 ) -> Recording:
     features = info["features"]
     columns = ["timestamp", *(k for f, ks in keys.items() if f not in names.cameras for k in ks)]
+    columns = list(dict.fromkeys(columns))
 
     def frames(key, steps):
         if key not in episode.videos:
@@ -342,6 +345,9 @@ def _dimension_names(features: dict, keys: Iterable[str]) -> tuple[str, ...]:
 def _table(episode: _Episode, columns: list[str]) -> pa.Table:
     """The rows of an episode; only the row groups that hold it are read."""
     try:
+        absent = {"episode_index", *columns} - set(pq.read_schema(episode.table).names)
+        if absent:
+            raise ValueError(f"the table has no column {', '.join(sorted(absent))}")
         chosen = [("episode_index", "=", episode.number)]
         return pq.read_table(episode.table, columns=columns, filters=chosen)
     except (OSError, pa.ArrowException) as error:
@@ -349,8 +355,6 @@ def _table(episode: _Episode, columns: list[str]) -> pa.Table:
 
 
 def _column(table: pa.Table, key: str) -> pa.ChunkedArray:
-    if key not in table.column_names:
-        raise ValueError(f"the table has no such column, but {', '.join(table.column_names)}")
     column = table[key]
     if column.null_count:
         raise ValueError(f"empty at row {column.is_null().to_pylist().index(True)}")
@@ -401,9 +405,11 @@ def _images(source: Path, column: pa.ChunkedArray, steps: np.ndarray) -> np.ndar
     for step, cell in zip(steps, column.take(steps), strict=True):
         with reading(f"row {step}"):
             image = cell.as_py()
-            if not isinstance(image, dict):
-                raise ValueError(f"a {column.type}, expected an encoded image")
-            data, path = image.get("bytes"), image.get("path")
+            data, path = (
+                (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (0, 0)
+            )
+            if not isinstance(data, bytes | None) or not isinstance(path, str | None):
+                raise ValueError(f"a {column.type}, expected bytes or a path of an encoded image")
             if not data and not path:
                 raise ValueError("empty: neither bytes nor a path of an image")
             try:

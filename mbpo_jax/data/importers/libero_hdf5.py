@@ -65,12 +65,18 @@ def _demos(path: Path, file_name: str) -> list[tuple[str, str]]:
     try:
         with _opened(path) as file:
             data = _group(file, "data")
-            kinds = {name: data.get(name, getclass=True, getlink=False) for name in data}
+            demos = [name for name in data if _may_be_demo(data, name)]
     except ValueError:
         return [(file_name, "")]
-    demos = [name for name, kind in kinds.items() if kind not in (h5py.Dataset, h5py.Datatype)]
     demos.sort(key=lambda demo: (len(demo), demo))
     return [(f"{file_name}:{demo}", demo) for demo in demos] or [(file_name, "")]
+
+
+def _may_be_demo(data: h5py.Group, name: str) -> bool:
+    try:
+        return data.get(name, getclass=True) not in (h5py.Dataset, h5py.Datatype)
+    except (KeyError, OSError):  # a link to nothing: reading it tells so
+        return True
 
 
 def _read(path: Path, demo: str, names: Names) -> Recording:

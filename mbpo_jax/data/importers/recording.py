@@ -275,7 +275,8 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     """[T, D] of a column of numbers, of the type they are stored in."""
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"it holds {values.dtype.name}, expected numbers")
+        kind = type(values.flat[0]).__name__ if values.dtype == object else values.dtype.name
+        raise ValueError(f"it holds values of type {kind}, expected numbers")
     if values.ndim > 2:
         raise ValueError(f"it has shape {values.shape}, expected (steps, dimensions)")
     if values.ndim < 2:
@@ -363,7 +364,9 @@ def decode_image(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError("an image is corrupt, or of an unknown format") from error
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"an image is corrupt: {error}") from error
     if image.mode != "RGB":
         raise ValueError(f"an image has mode {image.mode}, expected 8-bit RGB")

@@ -100,9 +100,7 @@ def test_ragged_actions(tmp_path, names):
     actions = list(Truth().actions)
     actions[3] = actions[3][:6]
     (entry,) = entries(write_lerobot(tmp_path / "set", [Truth()], action=actions), names)
-    with pytest.raises(
-        ValueError, match=r"action: rows of different sizes: \[6, 7\], first at row 3"
-    ):
+    with pytest.raises(ValueError, match=r"action: .*sizes: \[6, 7\], first at row 3"):
         entry.read()
 
 

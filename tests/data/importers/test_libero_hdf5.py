@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,8 @@ def test_renamed_keys(tmp_path, layout, names):
     )
     renames = {"obs/front": "agentview", "obs/gripper_states": "proprio"}
     (entry,) = entries(path, Names(names.cameras, renames))
-    _, episode = convert("a", entry.read(), layout)
+    robot = dataclasses.replace(layout.robot, states=("finger_1", "finger_2"))
+    _, episode = convert("a", entry.read(), dataclasses.replace(layout, robot=robot))
     np.testing.assert_array_equal(
         episode.images["agentview"][0], truth.images["agentview"][0][::-1, ::-1]
     )
