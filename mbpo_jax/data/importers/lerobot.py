@@ -324,7 +324,8 @@ def _instruction(episode: _Episode) -> str:
         )
     if len(tasks) != 1:
         raise ValueError(
-            f"it has {len(tasks)} instructions in {episode.where}, expected one; {HOW_TO_INSTRUCT}"
+            f"tasks has {len(tasks)} instructions in {episode.where}, expected one; "
+            f"{HOW_TO_INSTRUCT}"
         )
     return tasks[0].strip()
 

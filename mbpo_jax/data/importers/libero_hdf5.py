@@ -74,8 +74,9 @@ def _demos(path: Path, file_name: str) -> list[tuple[str, str]]:
 
 def _may_be_demo(data: h5py.Group, name: str) -> bool:
     try:
-        return data.get(name, getclass=True) not in (h5py.Dataset, h5py.Datatype)
-    except (KeyError, OSError):  # a link to nothing: reading it tells so
+        with reading(name):
+            return not isinstance(data.get(name), h5py.Dataset | h5py.Datatype)
+    except ValueError:  # reading the demo tells why
         return True
 
 

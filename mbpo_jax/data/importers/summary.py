@@ -70,13 +70,15 @@ def warnings(
     found = [f"{f.name}: {note}" for f in good for note in f.notes]
     labelled = [f for f in good if f.success is not None]
     failed = [f for f in labelled if not f.success]
-    if failed and (len(failed) == len(labelled) or any(f.left_out == FAILED for f in failed)):
+    left_out = any(f.left_out == FAILED for f in failed)
+    if failed and (len(failed) == len(labelled) or left_out):
         every = "all" if len(failed) == len(labelled) else f"{len(failed)} of"
         found.append(
             f"{' and '.join(sorted({f.label for f in failed}))} is 0 at every row of {every} "
             f"{len(labelled)} labelled episodes ({_some(f.name for f in failed)})"
             + (": is it no label?" if len(failed) == len(labelled) else ".")
-            + f" {HOW_TO_LABEL}, --stage=rollouts imports failures too"
+            + f" {HOW_TO_LABEL}"
+            + (", --stage=rollouts imports failures too" if left_out else "")
         )
     for instruction in dict.fromkeys(f.instruction for f in kept):
         names = _some(f.name for f in kept if f.instruction == instruction)
