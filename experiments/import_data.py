@@ -13,7 +13,8 @@ continues; it appears in the working directory when it is complete. An import wi
 lists all their problems and leaves nothing behind.
 
 Every episode is checked against the config's robot (limits, number and order of actions and states,
-control rate, cameras) and both token budgets. An episode is a success if its label is 1 at any
+control rate, cameras); an instruction above a token budget is a warning here and an error of the
+stage that would read it. An episode is a success if its label is 1 at any
 step: the field `success`, or `reward` where there is no `success` (`dones` where an HDF5 file has
 no `rewards`), made of zeros and ones; without a label it counts as a success.
 """

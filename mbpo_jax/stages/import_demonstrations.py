@@ -51,11 +51,14 @@ class Import:
         """What the config asks of an episode.
 
         Raises:
-            StageError: a range is of no action dimension of the robot.
+            StageError: a range is of no action dimension of the robot, or one has two ranges.
             ValueError: the config's robot contradicts itself.
         """
         embodiment = robot(config)
-        for name, _, _ in self.ranges:
+        names = [name for name, _, _ in self.ranges]
+        for name in names:
+            if names.count(name) > 1:
+                raise StageError(f"--range of {name!r} is given {names.count(name)} times")
             if name not in embodiment.actions:
                 raise StageError(
                     f"--range of {name!r}: the robot {embodiment.name} has no such action "
@@ -98,7 +101,7 @@ class Import:
         stats = sorted(
             (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()
         )
-        what = (self.format, sorted(self.renames.items()), sorted(self.given.items()), stats)
+        what = (self.format, tuple(self.renames.items()), sorted(self.given.items()), stats)
         what = (*what, self.layout(config), config.tasks, self.successes_only)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 

@@ -257,11 +257,13 @@ def test_a_gripper_of_another_convention(tmp_path, config, capsys):
         np.testing.assert_allclose(episode.actions[0, 0, :6], -1)
 
 
-@pytest.mark.parametrize("text", ["grip=0:1", "gripper=0", "gripper=0:0", "gripper=a:b", "0:1"])
+@pytest.mark.parametrize(
+    "text", ["grip=0:1", "gripper=0", "gripper=0:0", "gripper=a:b", "0:1", "x=0:1 x=0:2"]
+)
 def test_a_range_of_nothing(tmp_path, config, text):
     source = write_libero_hdf5(tmp_path / "a.hdf5", [Truth()])
     with pytest.raises((StageError, ValueError), match="range"):
-        run(config, source, tmp_path / "run", "libero_hdf5", range=[text])
+        run(config, source, tmp_path / "run", "libero_hdf5", range=text.split())
     assert not (tmp_path / "run").exists()
 
 
