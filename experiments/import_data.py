@@ -11,9 +11,16 @@ The config is that of the run (--config and its entries, as in experiments.liber
 which tasks, cameras, image size and chunk length are wanted. Started again after a stop, an import
 continues; it appears in the working directory when it is complete. An import with bad episodes
 lists all their problems and leaves nothing behind.
+
+Every episode is checked against the config's robot (limits, number and order of actions and states,
+control rate, cameras); an instruction above a token budget is a warning here and an error of the
+stage that would read it. An episode is a success if its label is 1 at any
+step: the field `success`, or `reward` where there is no `success` (`dones` where an HDF5 file has
+no `rewards`), made of zeros and ones; without a label it counts as a success.
 """
 
 import functools
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -41,7 +48,28 @@ def define_flags() -> flags.FlagHolder:
         "map",
         [],
         "KEY=NAME: the source's KEY is the camera or field NAME (actions, proprio, instruction, "
-        "success, reward); can be repeated, and several keys of one field are concatenated",
+        "success, reward, target_actions, drawn); can be repeated, and several keys of actions or "
+        "proprio are concatenated",
+    )
+    flags.DEFINE_string(
+        "instruction", None, "the instruction of every episode, instead of the source's"
+    )
+    flags.DEFINE_bool(
+        "all_successes", False, "take every episode as a success, whatever labels there are"
+    )
+    flags.DEFINE_enum(
+        "orientation",
+        None,
+        ["as_stored", "rotated", "flipped", "mirrored"],
+        "how frames are turned: by 180 degrees (rotated, the default of libero_hdf5, whose frames "
+        "are upside down), upside down alone (flipped), left to right alone (mirrored), or not at "
+        "all (the default of the other formats)",
+    )
+    flags.DEFINE_multi_string(
+        "range",
+        [],
+        "NAME=LOW:HIGH: LOW and HIGH in the source are the limits of the robot's action dimension "
+        "NAME, onto which it is mapped; can be repeated",
     )
     flags.DEFINE_bool("skip_bad", False, "leave bad episodes out instead of refusing the import")
     flags.DEFINE_bool(
@@ -51,6 +79,16 @@ def define_flags() -> flags.FlagHolder:
         "map",
         lambda pairs: all("=" in pair for pair in pairs),
         "a rename is KEY=NAME",
+    )
+    flags.register_validator(
+        "map",
+        lambda pairs: len({_split(pair)[0] for pair in pairs}) == len(pairs),
+        "a KEY is renamed twice",
+    )
+    flags.register_validator(
+        "instruction",
+        lambda text: text is None or bool(text.strip()),
+        "an instruction has at least a word",
     )
     flags.mark_flags_as_required(["format", "source", "workdir"])
     return config
@@ -66,11 +104,23 @@ def main(config, options) -> str:
     from mbpo_jax.stages.import_demonstrations import Import, import_demonstrations, survey
     from mbpo_jax.stages.workspace import StageError, Workspace
 
-    renames = dict(pair.split("=", 1) for pair in options.map)
+    given = {}
+    if options.instruction is not None:
+        given["instruction"] = options.instruction.strip()
+    if options.all_successes:
+        given["success"] = True
     source, workdir = Path(options.source).absolute(), Path(options.workdir).absolute()
     stage = options.stage
-    successes_only = stage == "demonstrations"
-    job = Import(options.format, source, renames, options.skip_bad, successes_only)
+    job = Import(
+        options.format,
+        source,
+        dict(_split(pair) for pair in options.map),
+        options.skip_bad,
+        successes_only=stage == "demonstrations",
+        given=given,
+        ranges=tuple(_parse_range(text) for text in options.range),
+        orientation=options.orientation or "",
+    )
     if options.dry_run:
         return survey(config, job, workdir)
     target = workdir / stage
@@ -82,13 +132,30 @@ def main(config, options) -> str:
     work = functools.partial(import_demonstrations, job=job)
     try:
         pipeline.run_stage(Workspace(unfinished, config), stage, work)
-    except StageError:
+    except Exception:  # a stop (KeyboardInterrupt) is none: the same command continues after it
         shutil.rmtree(unfinished)
         raise
     shutil.rmtree(unfinished / stage / "spool")
     (unfinished / stage).rename(target)
     shutil.rmtree(unfinished)
     return f"imported into {target}"
+
+
+def _split(pair: str) -> tuple[str, str]:
+    key, _, name = pair.partition("=")
+    return key, name
+
+
+def _parse_range(text: str) -> tuple[str, float, float]:
+    """Raises ValueError for what is not NAME=LOW:HIGH."""
+    name, _, values = text.partition("=")
+    try:
+        low, high = (float(value) for value in values.split(":"))
+    except ValueError as error:
+        raise ValueError(f"--range={text}: a range is NAME=LOW:HIGH, two numbers") from error
+    if low == high or not math.isfinite(low + high):
+        raise ValueError(f"--range={text}: LOW and HIGH are two different, finite numbers")
+    return name, low, high
 
 
 if __name__ == "__main__":

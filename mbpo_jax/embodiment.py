@@ -99,13 +99,21 @@ class Embodiment:
             wrong.append(f"chunks of {episode.actions.shape[1]} steps, {chunk} are needed")
         if not episode.instruction.strip():
             wrong.append("the instruction is empty")
-        found = {"actions": episode.actions, "states": episode.proprio}
-        for field, array in found.items():
+        width = episode.actions.shape[-1]
+        return wrong + self.array_problems(episode.actions.reshape(-1, width), episode.proprio)
+
+    def array_problems(self, actions: np.ndarray, states: np.ndarray) -> list[str]:
+        """Why actions [N, A] and states [M, P], in raw units, cannot be this robot's; empty if they
+        can."""
+        wrong = []
+        for field, rows in (("actions", actions), ("states", states)):
             names = getattr(self, field)
-            if array.shape[-1] != len(names):
-                wrong.append(f"{array.shape[-1]} {field}, the robot has {len(names)}")
+            if rows.shape[1] != len(names):
+                wrong.append(
+                    f"{rows.shape[1]} {field}, the robot {self.name} has {len(names)} "
+                    f"({', '.join(names)})"
+                )
                 continue
-            rows = array.reshape(-1, len(names))
             broken = [name for name, column in zip(names, rows.T) if not np.isfinite(column).all()]
             if broken:
                 wrong.append(f"{field} that are not finite: {', '.join(broken)}")

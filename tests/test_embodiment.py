@@ -99,8 +99,8 @@ def with_value(shape, index, value):
     ("changes", "message"),
     [
         ({"images": {"head": np.zeros((3, 8, 8, 3), np.uint8)}}, "left_wrist, right_wrist .*head"),
-        ({"actions": np.zeros((3, 10, 7), np.float32)}, "7 actions, the robot has 14"),
-        ({"proprio": np.zeros((3, 8), np.float32)}, "8 states, the robot has 14"),
+        ({"actions": np.zeros((3, 10, 7), np.float32)}, "7 actions, the robot arx_x5 has 14"),
+        ({"proprio": np.zeros((3, 8), np.float32)}, "8 states, the robot arx_x5 has 14"),
         ({"actions": np.zeros((3, 5, 14), np.float32)}, "chunks of 5 steps, 10 are needed"),
         (
             {

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("h5py", reason="h5py is not installed: pip install -e '.[import]'")
 
+import h5py
+
 from tests.recordings import Truth, write_libero_hdf5
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +62,29 @@ def test_a_wrong_rename_is_one_message():
     wrong = run("import_data", *where, "--map=nonsense")
     assert wrong.returncode == 1
     assert wrong.stderr == "error: flag --map=['nonsense']: a rename is KEY=NAME\n"
+
+
+def test_wrong_values_of_flags_are_one_message(tmp_path):
+    where = ["--format=rlds", "--source=/absent", f"--workdir={tmp_path}"]
+    for wrong in (["--map=a=agentview", "--map=a=proprio"], ["--instruction= "], ["--range=x"]):
+        refused = run("import_data", *where, *wrong)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error: ")
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_file_without_an_instruction(tmp_path):
+    path = write_libero_hdf5(tmp_path / "a.hdf5", [Truth()])
+    with h5py.File(path, "a") as file:
+        del file["data"].attrs["problem_info"]
+    where = ["--format=libero_hdf5", f"--source={path}", f"--workdir={tmp_path / 'run'}"]
+    refused = run("import_data", *where)
+    assert refused.returncode == 1
+    assert "problem_info" in refused.stderr
+    assert "--instruction=" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert list((tmp_path / "run").iterdir()) == []
+    imported = run("import_data", *where, "--instruction=lift the cube", "--orientation=mirrored")
+    assert imported.returncode == 0, imported.stderr
+    assert "1 x 'lift the cube'" in imported.stdout
+    assert "mirrored" in imported.stdout

@@ -66,15 +66,32 @@ class ObservationBuilder:
             world_prompt=world_prompt,
         )
 
+    def prompt_problems(self, instruction: str) -> list[str]:
+        """Which token budgets an instruction exceeds, and the config's entries that set them."""
+        return [
+            f"the prompt {instruction!r} takes {len(ids)} tokens, more than the budget of "
+            f"{length}: raise --config.{entry}.max_prompt_tokens or shorten the instruction"
+            for entry, ids, length, _ in self._encoded(instruction)
+            if len(ids) > length
+        ]
+
     def _tokenize(self, instruction: str) -> tuple[Prompt, Prompt]:
-        """The policy's prompt, and the world model's: a text block of BAGEL with its markers."""
+        policy, world = (
+            pad_prompt(ids, length, instruction, pad_id)
+            for _, ids, length, pad_id in self._encoded(instruction)
+        )
+        return policy, world
+
+    def _encoded(self, instruction: str) -> list[tuple[str, list[int], int, int]]:
+        """(section of the config, ids, budget, padding) of the policy's prompt, and of the world
+        model's: a text block of BAGEL with its markers."""
         tokenizer, length = self._policy
         world, world_length = self._world
         block = [world.bos_id, *world.encode(instruction), world.eos_id]
-        return (
-            pad_prompt(tokenizer.encode(instruction), length, instruction, tokenizer.pad_id),
-            pad_prompt(block, world_length, instruction, world.pad_id),
-        )
+        return [
+            ("policy", tokenizer.encode(instruction), length, tokenizer.pad_id),
+            ("world_model", block, world_length, world.pad_id),
+        ]
 
     def at(self, episode: Episode, frame: int) -> Observation:
         """The observation of one frame of an episode, without a batch axis."""

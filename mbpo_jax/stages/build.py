@@ -14,12 +14,13 @@ from mbpo_jax.data.normalization import far_extremes, read_norm_stats
 from mbpo_jax.data.pipelines import ObservationBuilder
 from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, QwenTokenizer
 from mbpo_jax.embodiment import Embodiment
+from mbpo_jax.episode import Episode
 from mbpo_jax.models.normalization import BOUND, NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.rl.gae import chunk_discount
 from mbpo_jax.rl.selection import best_of
-from mbpo_jax.stages.workspace import config_entries
+from mbpo_jax.stages.workspace import StageError, Workspace, config_entries
 from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.training.sharding import Rules, parameter_sharding
 from mbpo_jax.types import Array, Observation, Params
@@ -69,6 +70,20 @@ def observation_builder(config: Config) -> ObservationBuilder:
         world_tokenizer=world_tokenizer(config),
         world_prompt_length=config.world_model.max_prompt_tokens,
     )
+
+
+def check_prompts(workspace: Workspace, stage: str, episodes: Sequence[Episode]) -> None:
+    """Before a stage has made anything: every instruction must fit both token budgets. The stage
+    forgets its config, so that another budget may be tried.
+
+    Raises:
+        StageError: naming the episodes and the config's entries.
+    """
+    problems = observation_builder(workspace.config).prompt_problems
+    lines = [f"  episode {i}: {x}" for i, e in enumerate(episodes) for x in problems(e.instruction)]
+    if lines:
+        workspace.abandon(stage)
+        raise StageError("instructions are longer than the models read:\n" + "\n".join(lines))
 
 
 def build_policy(config: Config, norm_stats: dict[str, NormStats]) -> FlowPolicy:

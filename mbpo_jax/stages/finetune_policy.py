@@ -15,6 +15,7 @@ from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import (
     Config,
     build_policy,
+    check_prompts,
     checkpoint_origin,
     observation_builder,
     robot,
@@ -41,6 +42,7 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
                 "--config.policy.advantage_conditioned may learn from failures"
             )
         episodes += rollouts
+    check_prompts(workspace, directory.name, episodes)
     source = demonstrations(episodes, observation_builder(config))
     actions = np.concatenate([e.target_actions[e.num_actions > 0] for e in episodes])
     proprio = np.concatenate([e.proprio for e in episodes])

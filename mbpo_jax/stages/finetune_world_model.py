@@ -26,6 +26,7 @@ from mbpo_jax.models.normalization import BOUND
 from mbpo_jax.stages.build import (
     Config,
     build_world_model,
+    check_prompts,
     checkpoint_origin,
     observation_builder,
     robot,
@@ -68,6 +69,7 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
     """Trains UMM-World; writes `world_model/`, `fidelity.npz` (film strips) and their numbers."""
     config = workspace.config
     train, held_out = world_model_episodes(workspace)
+    check_prompts(workspace, directory.name, [*train, *held_out])
     world = build_world_model(config)
     params = _initial_params(config, world)
     builder = observation_builder(config)

@@ -17,7 +17,7 @@ from mbpo_jax.data.importers.recording import Entry, Facts, Layout, Names, conve
 from mbpo_jax.data.spool import EpisodeSpool
 from mbpo_jax.envs.suites import SUITES, task_info
 from mbpo_jax.episode import Episode
-from mbpo_jax.stages.build import Config
+from mbpo_jax.stages.build import Config, observation_builder, robot
 from mbpo_jax.stages.workspace import StageError, Workspace
 
 FORMATS = ("libero_hdf5", "rlds", "lerobot")  # modules of mbpo_jax.data.importers
@@ -27,20 +27,60 @@ SHEET_EPISODES = 12
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """A dataset to be read: its format, where it is, which of its keys are renamed to what,
-    whether bad episodes are left out, and whether failures are."""
+    """A dataset to be read.
+
+    Attributes:
+        format: one of FORMATS.
+        source: where it is.
+        renames, given: as for `Names`.
+        ranges, orientation: as in `Layout`.
+        skip_bad: leaves bad episodes out.
+        successes_only: leaves failures out.
+    """
 
     format: str
     source: Path
     renames: Mapping[str, str]
     skip_bad: bool
     successes_only: bool = True
+    given: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
+    ranges: tuple[tuple[str, float, float], ...] = ()
+    orientation: str = ""
+
+    def layout(self, config: Config) -> Layout:
+        """What the config asks of an episode.
+
+        Raises:
+            StageError: a range is of no action dimension of the robot, or one has two ranges.
+            ValueError: the config's robot contradicts itself.
+        """
+        embodiment = robot(config)
+        names = [name for name, _, _ in self.ranges]
+        for name in names:
+            if names.count(name) > 1:
+                raise StageError(f"--range of {name!r} is given {names.count(name)} times")
+            if name not in embodiment.actions:
+                raise StageError(
+                    f"--range of {name!r}: the robot {embodiment.name} has no such action "
+                    f"dimension, but {', '.join(embodiment.actions)}"
+                )
+        return Layout(
+            suite=config.suite,
+            cameras=tuple(config.cameras),
+            image_size=config.image_size,
+            chunk=config.chunk,
+            render_every=config.demonstrations.render_every,
+            robot=embodiment,
+            orientation=self.orientation,
+            ranges=self.ranges,
+        )
 
     def entries(self, config: Config) -> list[Entry]:
         """The source's recordings, unread.
 
         Raises:
-            StageError: the format's reader is not installed, or the source has another format.
+            StageError: the format's reader is not installed, the source has another format, or a
+                rename is to nothing that there is.
         """
         try:
             module = importlib.import_module(f"mbpo_jax.data.importers.{self.format}")
@@ -51,16 +91,18 @@ class Import:
         if not self.source.exists():
             raise StageError(f"there is nothing at {self.source}")
         try:
-            return module.entries(self.source, Names(config.cameras, self.renames))
+            return module.entries(self.source, Names(config.cameras, self.renames, self.given))
         except ValueError as error:
             raise StageError(str(error)) from error
 
     def fingerprint(self, config: Config) -> str:
         """Differs for another import, another config, and files that were changed."""
         files = self.source.rglob("*") if self.source.is_dir() else [self.source]
-        stats = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-        what = (self.format, sorted(self.renames.items()), _layout(config), config.tasks, stats)
-        what = (*what, self.successes_only)
+        stats = sorted(
+            (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()
+        )
+        what = (self.format, tuple(self.renames.items()), sorted(self.given.items()), stats)
+        what = (*what, self.layout(config), config.tasks, self.successes_only)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
@@ -69,7 +111,8 @@ def survey(config: Config, job: Import, workdir: Path) -> str:
     nothing else; returns the summary.
 
     Raises:
-        StageError: episodes are bad and not skipped; the message has all their problems.
+        StageError: episodes are bad and not skipped (the message has all their problems), or none
+            is left.
     """
     entries = job.entries(config)
     chosen = summary.spread(len(entries), SHEET_EPISODES)
@@ -82,7 +125,7 @@ def survey(config: Config, job: Import, workdir: Path) -> str:
             shown[found.name] = episode
 
     _read_entries(entries, config, job, (), store)
-    text = _judge(facts, job)
+    text = _judge(facts, config, job)
     if shown:
         workdir.mkdir(parents=True, exist_ok=True)
         summary.write_contact_sheet(workdir / CONTACT_SHEET, shown)
@@ -113,11 +156,8 @@ def import_demonstrations(workspace: Workspace, directory: Path, job: Import) ->
 
         _read_entries(entries, config, job, tuple(found), store)
     facts = [found[number] for number in range(len(entries))]
-    text = _judge(facts, job)
+    print(_judge(facts, config, job))
     kept = [number for number, f in enumerate(facts) if f.kept]
-    if not kept:
-        raise StageError(f"nothing is left to import\n{text}")
-    print(text)
     shown = [kept[i] for i in summary.spread(len(kept), SHEET_EPISODES)]
     summary.write_contact_sheet(
         directory / CONTACT_SHEET, {facts[i].name: spool.load(_spool_name(i)) for i in shown}
@@ -157,7 +197,7 @@ def _read_entries(
 ) -> None:
     """Calls `store` with the number of every unfinished entry, what is in it, and its episode if
     it is kept."""
-    layout, wanted = _layout(config), _wanted_tasks(config)
+    layout, wanted = job.layout(config), _wanted_tasks(config)
     bad = 0
     with tqdm(entries, desc="reading", unit="ep") as bar:
         for number, entry in enumerate(bar):
@@ -165,7 +205,7 @@ def _read_entries(
                 continue
             facts, episode = _read_entry(entry, layout, wanted)
             if job.successes_only and facts.success is False and not facts.left_out:
-                facts.left_out = "failures: demonstrations are successes"
+                facts.left_out = summary.FAILED
             bad += bool(facts.problems)
             bar.set_postfix(bad=bad)
             store(number, facts, episode if facts.kept else None)
@@ -185,23 +225,22 @@ def _read_entry(
     return convert(entry.name, recording, layout)
 
 
-def _judge(facts: list[Facts], job: Import) -> str:
-    summary.add_disagreements(facts)
+def _judge(facts: list[Facts], config: Config, job: Import) -> str:
+    """What there is to tell of all episodes; raises StageError as `import_demonstrations`."""
     text, problems = summary.summarize(facts), summary.report_problems(facts)
+    budgets = observation_builder(config).prompt_problems
+    for warning in summary.warnings(facts, robot(config), budgets):
+        text += f"\nwarning: {warning}"
     if problems and not job.skip_bad:
-        raise StageError(f"{problems}\n\n{text}\n\nNothing is imported. --skip_bad leaves them out")
-    return f"{problems}\n\n{text}" if problems else text
-
-
-def _layout(config: Config) -> Layout:
-    return Layout(
-        suite=config.suite,
-        cameras=tuple(config.cameras),
-        image_size=config.image_size,
-        chunk=config.chunk,
-        action_dim=config.action_dim,
-        render_every=config.demonstrations.render_every,
-    )
+        raise StageError(
+            f"{problems}\n\n{text}\n\nNothing is imported. --skip_bad leaves them out; --map, "
+            "--range and the config's robot say in what a source is different"
+        )
+    if problems:
+        text = f"{problems}\n\n{text}"
+    if not any(f.kept for f in facts):
+        raise StageError(f"nothing is left to import\n{text}")
+    return text
 
 
 def _wanted_tasks(config: Config) -> dict[str, int] | None:

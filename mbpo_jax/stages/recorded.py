@@ -6,7 +6,7 @@ import numpy as np
 
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.episode import Episode
-from mbpo_jax.stages.build import robot
+from mbpo_jax.stages.build import observation_builder, robot
 from mbpo_jax.stages.workspace import StageError, Workspace
 
 
@@ -69,9 +69,11 @@ def _check(
 ) -> None:
     config = workspace.config
     embodiment = robot(config)
+    prompt_problems = observation_builder(config).prompt_problems
     lines = []
     for i, episode in enumerate(episodes):
         problems = embodiment.problems(episode, config.cameras, config.image_size, config.chunk)
+        problems += prompt_problems(episode.instruction)
         if successes_only and not episode.success:
             problems.append("a failure, which supervised fine-tuning would imitate")
         lines += [f"  episode {i}: {problem}" for problem in problems]

@@ -93,7 +93,7 @@ class Workspace:
 
     def abandon(self, stage: str) -> None:
         """Forgets the config of a stage that has made nothing, so that another may be tried."""
-        (self.directory(stage) / "config.json").unlink()
+        (self.directory(stage) / "config.json").unlink(missing_ok=True)
 
     def finish(self, stage: str, summary: dict) -> None:
         path = self.directory(stage) / "done.json"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[import]'")
 pytest.importorskip("av", reason="av is not installed: pip install -e '.[import]'")
 
+from configs.libero_panda import ROBOT
 from mbpo_jax.data import export_lerobot as module
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.export_lerobot import export_lerobot
@@ -18,7 +20,7 @@ from mbpo_jax.data.importers.recording import Layout, Names, Recording, convert
 from tests.recordings import CAMERAS, Truth
 
 READ_BACK = Path(__file__).parents[2] / "third_party/lerobot/read_back.py"
-LAYOUT = Layout("libero_10", CAMERAS, image_size=16, chunk=4, action_dim=7, render_every=2)
+LAYOUT = Layout("libero_10", CAMERAS, image_size=16, chunk=4, render_every=2, robot=ROBOT)
 
 
 def episode(truth, success=True, first=0):
@@ -31,7 +33,7 @@ def episode(truth, success=True, first=0):
         images={c: lambda steps, c=c: truth.images[c][steps] for c in CAMERAS},
         success=success,
         control_rate=20,
-        target_actions=truth.actions + 1,
+        target_actions=truth.actions + 0.5,
         drawn=drawn,
     )
     return convert("a", recording, LAYOUT)[1]
@@ -45,7 +47,8 @@ def test_import_gives_the_same_episodes(tmp_path, assert_same_episode):
     for entry, original in zip(found, episodes, strict=True):
         recording = entry.read()
         assert recording.control_rate == 10
-        assert_same_episode(convert(entry.name, recording, LAYOUT)[1], original)
+        slow = dataclasses.replace(LAYOUT, robot=dataclasses.replace(ROBOT, control_hz=10))
+        assert_same_episode(convert(entry.name, recording, slow)[1], original)
 
 
 def test_begins_at_the_first_frame(tmp_path):

@@ -32,6 +32,7 @@ def config():
 
 def run(config, source, workdir, format="lerobot", **options):
     defaults = {"map": [], "skip_bad": False, "dry_run": False, "stage": "demonstrations"}
+    defaults |= {"instruction": None, "all_successes": False, "orientation": None, "range": []}
     return main(
         config,
         SimpleNamespace(**(defaults | options), format=format, source=source, workdir=workdir),
@@ -134,9 +135,9 @@ def bad_files(directory):
         "floats": (good, floats, "frames are float64, expected uint8"),
         "first": (good, first, r"frames of shape \(3, 16, 16\) have their channels first"),
         "integers": (good, {"actions": good.actions.astype(int)}, "actions are int64"),
-        "nan": (nan, {}, "actions are not finite at 2 steps, first at step 3"),
+        "nan": (nan, {}, "actions: not finite at 2 rows, first at row 3"),
         "short": (short, {}, "3 steps are shorter than a chunk of 4"),
-        "size": (good, wrong_size, "actions have 6 dimensions, the config has action_dim = 7"),
+        "size": (good, wrong_size, "6 actions, the robot libero_panda has 7"),
         "rows": (good, fewer, "obs/ee_states has 14, obs/gripper_states has 9"),
     }
     directory.mkdir()
@@ -154,8 +155,8 @@ def bad_files(directory):
     said = {name: message for name, (_, _, message) in cases.items()}
     return said | {
         "mute": "the instruction is empty",
-        "fast": r"control rate in Hz is 50\.0, while 3 of 4 episodes have 20\.0",
-        "cut": "cut.hdf5 is truncated",
+        "fast": "recorded at 50 Hz, the robot libero_panda acts at 20 Hz",
+        "cut": r"cut\.hdf5: .*truncated",
     }
 
 
@@ -215,6 +216,112 @@ def test_dry_run_draws_first_frames_and_imports_nothing(tmp_path, config):
     (sheet,) = (tmp_path / "dry").iterdir()
     colours = {color for _, color in Image.open(sheet).convert("RGB").getcolors(1 << 24)}
     assert {(0, 0, 200), (255, 255, 55)} <= colours  # blue at first, and its complement
+
+
+def test_an_import_is_compared_with_the_robot(tmp_path, config):
+    good, far, wide = Truth(), Truth(), Truth()
+    far.actions = far.actions * 57
+    wide.proprio = wide.proprio[:, :7]
+    write_libero_hdf5(tmp_path / "good.hdf5", [good])
+    write_libero_hdf5(tmp_path / "far.hdf5", [far])
+    write_libero_hdf5(tmp_path / "wide.hdf5", [wide])
+    write_libero_hdf5(tmp_path / "fast.hdf5", [good], control_rate=30)
+    for stage in ("demonstrations", "rollouts"):
+        for dry_run in (False, True):
+            workdir = tmp_path / f"{stage}{dry_run}"
+            with pytest.raises(StageError, match=r"3 of 4 episodes are bad") as caught:
+                run(config, tmp_path, workdir, "libero_hdf5", stage=stage, dry_run=dry_run)
+            caught.match(r"far\.hdf5:demo_0: x goes from 0 to 7\.41, its limits are -1 and 1")
+            caught.match(r"far\.hdf5:demo_0: gripper goes from")
+            caught.match(r"wide\.hdf5:demo_0: 7 states, the robot libero_panda has 8")
+            caught.match(r"fast\.hdf5:demo_0: .*30 Hz.* 20 Hz.*1\.5 rows")
+            assert not workdir.exists() or list(workdir.iterdir()) == []
+
+
+def test_a_gripper_of_another_convention(tmp_path, config, capsys):
+    truth = Truth()
+    truth.actions[:, :6] = np.linspace(-1, 1, 14)[:, None]
+    truth.actions[:, 6] = np.arange(14) > 6
+    source = write_libero_hdf5(tmp_path / "a.hdf5", [truth])
+    text = run(config, source, tmp_path / "dry", "libero_hdf5", dry_run=True)
+    (warning,) = [line for line in text.splitlines() if "warning" in line and "limits" in line]
+    assert "gripper takes values from 0 to 1 only, its limits are -1 and 1" in warning
+    for given, first, last in (("0:1", -1, 1), ("1:0", 1, -1)):
+        ranges = [f"gripper={given}"]
+        workdir = tmp_path / given
+        run(config, source, workdir, "libero_hdf5", range=ranges)
+        assert "limits" not in capsys.readouterr().out
+        (episode,) = read_episodes(workdir / "demonstrations/dataset")
+        assert episode.actions[[0, -1], 0, 6].tolist() == [first, last]
+        assert episode.target_actions[[0, -1], 0, 6].tolist() == [first, last]
+        np.testing.assert_allclose(episode.actions[0, 0, :6], -1)
+
+
+@pytest.mark.parametrize(
+    "text", ["grip=0:1", "gripper=0", "gripper=0:0", "gripper=a:b", "0:1", "x=0:1 x=0:2"]
+)
+def test_a_range_of_nothing(tmp_path, config, text):
+    source = write_libero_hdf5(tmp_path / "a.hdf5", [Truth()])
+    with pytest.raises((StageError, ValueError), match="range"):
+        run(config, source, tmp_path / "run", "libero_hdf5", range=text.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_suspiciously_small_actions_are_told(tmp_path, config):
+    truth = Truth()
+    source = write_libero_hdf5(tmp_path / "a.hdf5", [truth], actions=truth.actions / 100)
+    text = run(config, source, tmp_path / "dry", "libero_hdf5", dry_run=True)
+    told = [line.split()[1] for line in text.splitlines() if "limits" in line]
+    assert told == ["x", "y", "gripper"]
+
+
+def test_an_instruction_above_the_budgets(tmp_path, config, capsys):
+    long = Truth()
+    long.instruction = "put the zyxwv into the qponm" * 3
+    (tmp_path / "set").mkdir()
+    write_libero_hdf5(tmp_path / "set/a.hdf5", [Truth(), Truth()])
+    write_libero_hdf5(tmp_path / "set/b.hdf5", [long])
+    text = run(config, tmp_path / "set", tmp_path / "dry", "libero_hdf5", dry_run=True)
+    warned = [line for line in text.splitlines() if "max_prompt_tokens" in line]
+    assert len(warned) == 2
+    for line, entry in zip(warned, ("policy", "world_model"), strict=True):
+        assert "b.hdf5:demo_0" in line
+        assert f"--config.{entry}.max_prompt_tokens" in line
+
+    run(config, tmp_path / "set", tmp_path / "run", "libero_hdf5")
+    with pytest.raises(StageError, match=r"episode 2.*--config\.policy\.max_prompt_tokens"):
+        pipeline.run(config, tmp_path / "run", ["sft"])
+    # Another budget may be tried in the same folder.
+    assert not (tmp_path / "run/sft/config.json").exists()
+
+
+def test_labels_that_deny_success_are_named(tmp_path, config):
+    source = write_libero_hdf5(tmp_path / "a.hdf5", [Truth(), Truth()], rewards=np.zeros(14))
+    with pytest.raises(StageError, match=r"rewards is 0.* all 2 ") as caught:
+        run(config, source, tmp_path / "run", "libero_hdf5")
+    for option in ("--all_successes", "--map=KEY=success", "--stage=rollouts"):
+        caught.match(option)
+    run(config, source, tmp_path / "run", "libero_hdf5", all_successes=True)
+    episodes = read_episodes(tmp_path / "run/demonstrations/dataset")
+    assert [episode.success for episode in episodes] == [True, True]
+    write_libero_hdf5(tmp_path / "won.hdf5", [Truth()], rewards=np.eye(14)[-3])
+    text = run(config, tmp_path, tmp_path / "dry", "libero_hdf5", dry_run=True)
+    assert "rewards is 0 at every row of 2 of 3 labelled episodes (a.hdf5:demo_0, a" in text
+    assert "won.hdf5:demo_0: rewards is 1 at row 11 and 0 again at row 12" in text
+
+
+def test_what_is_no_problem_of_the_source_leaves_nothing_behind_either(
+    tmp_path, config, monkeypatch
+):
+    source = write_libero_hdf5(tmp_path / "a.hdf5", [Truth()])
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(import_demonstrations, "write_episodes", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(config, source, tmp_path / "run", "libero_hdf5")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.libero

@@ -90,3 +90,12 @@ def test_recordings_of_another_robot_are_listed(tmp_path):
     assert "episode 1: left_joint_1 goes from" in message
     assert "episode 1: a failure, which supervised fine-tuning would imitate" in message
     assert not (tmp_path / "run" / "demonstrations" / "dataset").exists()
+
+
+def test_instructions_above_the_budgets_are_refused_at_once(tmp_path):
+    config = tiny_config(tmp_path)
+    long = recording(0, True)
+    long.instruction = "fold the zyxwv over the qponm" * 9
+    write_episodes(tmp_path / "teleoperation", [recording(1, True), long])
+    with pytest.raises(StageError, match=r"episode 1: .*--config\.policy\.max_prompt_tokens"):
+        pipeline.run(config, tmp_path / "run", ["demonstrations"])

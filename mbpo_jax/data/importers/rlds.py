@@ -9,6 +9,7 @@ A TFRecord file repeats (length u64, masked CRC-32C of the length, bytes, masked
 bytes), little-endian, as TensorFlow's `record_writer.h` says. Needs google-crc32c (extra `import`).
 """
 
+import contextlib
 import struct
 from pathlib import Path
 
@@ -17,14 +18,23 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mbpo_jax.data.importers.recording import Entry, Names, Recording, decode_image, join
+from mbpo_jax.data.importers.recording import (
+    HOW_TO_INSTRUCT,
+    Entry,
+    Names,
+    Recording,
+    assemble,
+    decode_image,
+    reading,
+    stack,
+)
 
-_REQUIRED = {
+_KEYS = {
     "actions": (("action",),),
     "proprio": (("observation/state",), ("observation/proprio",)),
     "instruction": (("language_instruction",), ("observation/natural_language_instruction",)),
+    "reward": (("reward",),),
 }
-_OPTIONAL = {"reward": (("reward",),)}
 _CAMERAS = {
     "agentview": (("observation/image",),),
     "robot0_eye_in_hand": (("observation/wrist_image",),),
@@ -41,14 +51,14 @@ def entries(source: Path, names: Names) -> list[Entry]:
         ValueError: there is no such file.
     """
     files = sorted(p for p in source.rglob("*") if ".tfrecord" in p.name) if source.is_dir() else []
-    files = [path for path in files or [source] if path.is_file()]
+    files = [path for path in files or [source] if not path.is_dir()]
     if not files:
         raise ValueError(f"{source} is not an RLDS dataset: it has no files named *.tfrecord*")
     root = source if source.is_dir() else source.parent
     return [
         Entry(
             f"{path.relative_to(root).as_posix()}:{i}",
-            lambda path=path, offset=offset: _recording(_read_record(path, offset), names),
+            lambda path=path, offset=offset: _read(path, offset, names),
         )
         for path in files
         for i, offset in enumerate(_offsets(path))
@@ -57,9 +67,11 @@ def entries(source: Path, names: Names) -> list[Entry]:
 
 def _offsets(path: Path) -> list[int]:
     """Where the records begin. One after a damaged length is not found; reading the damaged one
-    tells so, since its checksum is wrong, and an empty file counts as a damaged record."""
-    size, offsets = path.stat().st_size, [0]
-    with path.open("rb") as file:
+    tells so, since its checksum is wrong, and a file that is empty or cannot be opened counts as a
+    damaged record."""
+    offsets = [0]
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        size = path.stat().st_size
         while True:
             file.seek(offsets[-1])
             head = file.read(_LENGTH.size)
@@ -69,25 +81,32 @@ def _offsets(path: Path) -> list[int]:
             if end >= size:
                 return offsets
             offsets.append(end)
+    return offsets
+
+
+def _read(path: Path, offset: int, names: Names) -> Recording:
+    with reading(str(path)):
+        return _recording(_read_record(path, offset), names)
 
 
 def _read_record(path: Path, offset: int) -> bytes:
     with path.open("rb") as file:
+        left = path.stat().st_size - offset - _LENGTH.size - _CRC.size
         file.seek(offset)
         head = file.read(_LENGTH.size)
         if len(head) < _LENGTH.size:
-            raise ValueError(f"{path} is truncated at byte {offset}")
+            raise ValueError(f"truncated at byte {offset}")
         if not _matches(head[:8], head[8:]):
             raise ValueError(
-                f"{path} is corrupt at byte {offset}: a checksum is wrong, and whatever follows in "
-                "this file cannot be read"
+                f"corrupt at byte {offset}: a checksum is wrong, and whatever follows in this file "
+                "cannot be read"
             )
         length = _LENGTH.unpack(head)[0]
+        if length > left:
+            raise ValueError(f"truncated in the record at byte {offset}")
         data, crc = file.read(length), file.read(_CRC.size)
-    if len(data) < length or len(crc) < _CRC.size:
-        raise ValueError(f"{path} is truncated in the record at byte {offset}")
     if not _matches(data, crc):
-        raise ValueError(f"{path} is corrupt in the record at byte {offset}: wrong checksum")
+        raise ValueError(f"corrupt in the record at byte {offset}: wrong checksum")
     return data
 
 
@@ -103,38 +122,50 @@ def _recording(record: bytes, names: Names) -> Recording:
     except DecodeError as error:
         raise ValueError(f"a record is no tf.train.Example: {error}") from error
     available = [key.removeprefix(_STEPS) for key in features if key.startswith(_STEPS)]
-    keys = names.find(available, _REQUIRED, _OPTIONAL, _CAMERAS, "observation/")
-    instructions = list(features[_STEPS + keys["instruction"][0]].bytes_list.value)
-    count = len(instructions)
-
-    def column(field):
-        return join({key: _numbers(features[_STEPS + key], key, count) for key in keys[field]})
+    keys = names.find(available, _KEYS, _CAMERAS, "observation/")
+    # Numbers are stored one after the other; a step has one text and one image of each camera.
+    counted = keys.get("instruction", keys[names.cameras[0]])[0]
+    kind = features[_STEPS + counted].WhichOneof("kind")
+    if kind in ("float_list", "int64_list"):
+        raise ValueError(f"{counted} holds {kind}, expected a text or an encoded image a step")
+    count = len(features[_STEPS + counted].bytes_list.value)
+    if not count:
+        raise ValueError(f"it has no rows: {counted} is empty")
 
     def frames(key, steps):
-        images = features[_STEPS + key].bytes_list.value
-        if len(images) != count:
-            raise ValueError(f"{key} has {len(images)} encoded images for {count} steps")
-        return np.stack([decode_image(images[step]) for step in steps])
+        with reading(key):
+            images = _values(features[_STEPS + key], count)
+            frames = []
+            for step in steps:
+                with reading(f"row {step}"):
+                    frames.append(decode_image(images[step]))
+            return stack(frames, steps)
 
-    if len(set(instructions)) > 1:
-        raise ValueError(f"the instruction changes within the episode: {sorted(set(instructions))}")
-    return Recording(
-        instruction=instructions[0].decode().strip() if instructions else "",
-        actions=column("actions"),
-        proprio=column("proprio"),
+    return assemble(
+        names,
+        keys,
+        lambda key: _values(features[_STEPS + key], count),
+        _no_instruction,
         images={c: lambda steps, key=keys[c][0]: frames(key, steps) for c in names.cameras},
-        success=bool(column("reward")[-1] > 0) if "reward" in keys and count else None,
         control_rate=None,
     )
 
 
-def _numbers(feature, key: str, count: int) -> np.ndarray:
-    """[count, D] of a feature's numbers, float32 or int64 as they are stored."""
+def _no_instruction() -> str:
+    looked = " or ".join(key for (key,) in _KEYS["instruction"])
+    raise ValueError(f"no instruction: there is no {looked}; {HOW_TO_INSTRUCT}")
+
+
+def _values(feature, count: int) -> np.ndarray:
+    """[count, D] of a feature's numbers, float32 or int64 as they are stored, or [count] bytes."""
     kind = feature.WhichOneof("kind")
-    if kind not in ("float_list", "int64_list"):
-        raise ValueError(f"{key} holds {kind or 'nothing'}, expected numbers")
-    dtype = np.float32 if kind == "float_list" else np.int64
-    values = np.asarray(getattr(feature, kind).value, dtype)
-    if not count or len(values) % count:
-        raise ValueError(f"{key} has {len(values)} numbers for {count} steps")
-    return values.reshape(count, -1)
+    if kind is None:
+        raise ValueError("it holds nothing")
+    values = getattr(feature, kind).value
+    if kind == "bytes_list":
+        if len(values) != count:
+            raise ValueError(f"it has {len(values)} texts or images for {count} steps")
+        return np.array(values, object)
+    if not len(values) or len(values) % count:
+        raise ValueError(f"it has {len(values)} numbers for {count} steps")
+    return np.asarray(values, np.float32 if kind == "float_list" else np.int64).reshape(count, -1)

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 
+from configs.libero_panda import ROBOT
 from mbpo_jax.data.importers.recording import Layout, Names
 from tests.recordings import CAMERAS
 
 
 @pytest.fixture
 def layout():
-    return Layout("libero_10", CAMERAS, image_size=16, chunk=4, action_dim=7, render_every=2)
+    return Layout("libero_10", CAMERAS, image_size=16, chunk=4, render_every=2, robot=ROBOT)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 import struct
 
+import numpy as np
 import pytest
 
-from mbpo_jax.data.importers.recording import convert
+from mbpo_jax.data.importers.recording import Names, convert
 
 pytest.importorskip("google_crc32c", reason="no google-crc32c: pip install -e '.[import]'")
 from mbpo_jax.data.importers.rlds import entries
@@ -83,11 +84,11 @@ def test_contradicting_features(tmp_path, layout, names):
     action, mode, count, corrupt, nothing = entries(
         write_tfrecord(tmp_path / "a.tfrecord", records), names
     )
-    with pytest.raises(ValueError, match="action has 97 numbers for 14 steps"):
+    with pytest.raises(ValueError, match="action: it has 97 numbers for 14 steps"):
         action.read()
     for entry, message in [
         (mode, "mode L, expected 8-bit RGB"),
-        (count, "5 encoded images for 14 steps"),
+        (count, "5 texts or images for 14 steps"),
         (corrupt, "an image is corrupt"),
     ]:
         facts, _ = convert("a", entry.read(), layout)
@@ -99,3 +100,50 @@ def test_contradicting_features(tmp_path, layout, names):
 def test_not_a_dataset(tmp_path, names):
     with pytest.raises(ValueError, match="is not an RLDS dataset"):
         entries(tmp_path, names)
+
+
+def test_where_the_instruction_is_from(tmp_path, names):
+    texts = {"steps/note": [b"open the door"] * 14, "steps/language_instruction": [b""] * 14}
+    path = write_tfrecord(tmp_path / "a.tfrecord", [rlds_record(Truth(), **texts)])
+    (entry,) = entries(path, Names(names.cameras, {"note": "instruction"}))
+    assert entry.read().instruction == "open the door"
+    (entry,) = entries(path, Names(names.cameras, {}, {"instruction": "close the door"}))
+    assert entry.read().instruction == "close the door"
+    assert len(entry.read().actions) == 14
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("language_instruction", [b"\xff"] * 14),
+        ("language_instruction", [b"one", b"two"] * 7),
+        ("language_instruction", np.zeros(14, int)),
+        ("language_instruction", []),
+        ("action", [b"text"] * 14),
+        ("action", []),
+        ("action", np.full(14 * 7, np.nan)),
+        ("observation/state", np.zeros(5)),
+        ("observation/image", np.zeros(14)),
+        ("reward", np.linspace(0, 1, 14)),
+        ("reward", np.full(14, np.nan)),
+    ],
+)
+def test_a_bad_feature_is_a_problem_of_its_episode(tmp_path, layout, names, key, values):
+    records = [rlds_record(Truth()), rlds_record(Truth(), **{f"steps/{key}": values})]
+    good, bad = entries(write_tfrecord(tmp_path / "a.tfrecord", records), names)
+    assert convert("good", good.read(), layout)[0].problems == []
+    try:
+        problems = convert("bad", bad.read(), layout)[0].problems
+    except ValueError as error:
+        problems = [str(error)]
+        assert "a.tfrecord" in problems[0]
+    assert key in problems[0]
+
+
+def test_a_file_that_cannot_be_opened(tmp_path, layout, names):
+    (tmp_path / "a.tfrecord").symlink_to("nowhere")
+    write_tfrecord(tmp_path / "b.tfrecord", [rlds_record(Truth())])
+    bad, good = entries(tmp_path, names)
+    assert convert("good", good.read(), layout)[0].problems == []
+    with pytest.raises(ValueError, match=r"a\.tfrecord"):
+        bad.read()
