@@ -32,7 +32,6 @@ GIB = 2**30
 USABLE = 0.95  # of a device's memory: the rest is the runtime's, and lost between arrays
 HOST_DEVICES = 8  # joined by NVLink; hosts are joined by the network
 OTHER_SUITES_BRANCHES = 512  # start states of the suites other than LIBERO-Long
-PROPRIO = 8  # values of LIBERO's proprioception
 COMPILER_OPTIONS = {
     # Neither helps a program that is only looked at, and both take most of the time.
     "xla_backend_optimization_level": 0,
@@ -195,7 +194,9 @@ def steps(config: Config, mesh: Mesh) -> Iterator[Step]:
     builder = observation_builder(config)
     size = (config.image_size, config.image_size, 3)
     images = {camera: np.zeros(size, np.uint8) for camera in config.cameras}
-    seen = builder(images, np.zeros(PROPRIO), "pick up the book and place it on the shelf")
+    seen = builder(
+        images, np.zeros(len(config.robot.states)), "pick up the book and place it on the shelf"
+    )
     return _Steps(config, mesh, seen).all()
 
 
@@ -203,7 +204,7 @@ class _Steps:
     def __init__(self, config: Config, mesh: Mesh, seen: Observation):
         self.config, self.mesh, self.seen = config, mesh, seen
         self.rules = config.parallel.rules
-        zeros = {"actions": config.action_dim, "state": PROPRIO}
+        zeros = {"actions": config.action_dim, "state": len(config.robot.states)}
         stats = {name: NormStats(*(np.zeros(n, np.float32),) * 4) for name, n in zeros.items()}
         self.policy, self.world = build_policy(config, stats), build_world_model(config)
         self.policy_params, self.world_params = (
