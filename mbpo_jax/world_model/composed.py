@@ -56,8 +56,7 @@ class ComposedWorld(UMMWorld):
         self._check(observation)
         batch, (observation,) = flatten(observation)
         frames = {c: Frame(to_pixels(observation.images[c]), None, None) for c in self.cameras}
-        head = self.cameras[0]
-        frames[head] = self.seen(params, frames[head])
+        frames |= {c: self.seen(params, frames[c]) for c in self._featured}  # as after a step
         return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, frames))
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:

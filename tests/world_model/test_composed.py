@@ -194,3 +194,20 @@ def test_bad_configurations():
     with pytest.raises(ValueError, match="vae"):
         make_world(prediction="residual")
     assert (variant("micro").latent_side, variant("micro").token_size) == (8, 192)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_state_stays_of_one_kind_with_any_number_of_views(count):
+    cameras = (*CAMERAS, "third")[:count]
+    world = ComposedWorld(COMPOSED, cameras, SIZE, 2, 3, WordTokenizer())
+    observation = make_observation()
+    images = dict.fromkeys(cameras, observation.images[CAMERAS[0]])
+    observation = observation.replace(images=images)
+
+    def branch(params):
+        start = world.encode(params, observation, KEY)
+        return start, world.step(params, start, actions(), KEY)
+
+    start, after = jax.eval_shape(branch, jax.eval_shape(world.init, KEY))
+    assert jax.tree.structure(start) == jax.tree.structure(after)
+    assert all(a.shape == b.shape for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(after)))
