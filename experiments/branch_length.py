@@ -28,16 +28,6 @@ from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
 
 SHARED_STAGES = ("demonstrations", "sft", "rollouts", "world_model", "value")
 
-with one_message():
-    CONFIG = config_flags.DEFINE_config_file(
-        "config",
-        f"{CONFIG_DIRECTORY}/libero_long.py:micro",
-        "configs/SUITE.py:VARIANT; any entry can be overridden",
-    )
-WORKDIR = flags.DEFINE_string("workdir", "runs/branch_length", "where everything is written")
-CHUNKS = flags.DEFINE_list("chunks", ["1", "2", "4", "full"], "branch lengths n in chunks, or full")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of whole runs")
-
 
 def with_branches(config: ml_collections.ConfigDict, length: str) -> ml_collections.ConfigDict:
     """The config with branches of that length, and as many imagined chunks as before.
@@ -196,22 +186,41 @@ def table(results: Mapping) -> str:
     return "\n".join(lines)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
+    with one_message():
+        config = config_flags.DEFINE_config_file(
+            "config",
+            f"{CONFIG_DIRECTORY}/libero_long.py:micro",
+            "configs/SUITE.py:VARIANT; any entry can be overridden",
+        )
+        workdir = flags.DEFINE_string("workdir", "runs/branch_length", "where all is written")
+        chunks = flags.DEFINE_list(
+            "chunks", ["1", "2", "4", "full"], "branch lengths n in chunks, or full"
+        )
+        seeds = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of whole runs")
+    app.run(
+        lambda _: compare(config.value, Path(workdir.value), chunks.value, seeds.value),
+        flags_parser=parse_flags,
+    )
+
+
+def compare(
+    config: ml_collections.ConfigDict, root: Path, lengths: Sequence[str], seeds: Sequence[str]
+) -> None:
+    """`run`, then the table and the picture; what the user can mend is one message."""
     from mbpo_jax.envs.pool import WorkerError
     from mbpo_jax.stages.workspace import StageError
     from mbpo_jax.training.interruption import Interrupted, interruptible
 
-    config, root = CONFIG.value, Path(WORKDIR.value)
     try:
-        seeds = [int(seed) for seed in SEEDS.value]
         with interruptible(f"stopped by SIGTERM; the same command continues in {root}"):
-            results = run(config, root, CHUNKS.value, seeds)
+            results = run(config, root, lengths, [int(seed) for seed in seeds])
         results["recommended"] = recommended(config, results["curves"])
         (root / "branch_length.json").write_text(json.dumps(results, indent=1))
         draw(results, config.cameras, root / "branch_length.png")
         print(table(results))
         print(root / "branch_length.png")
-    except (StageError, WorkerError, ValueError, ImportError, OSError) as error:
+    except (StageError, WorkerError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Interrupted as stop:
@@ -220,4 +229,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main()

@@ -131,8 +131,12 @@ def models(config: Config) -> tuple[FlowPolicy, UMMWorld, Params, Params]:
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.world_model.model = latent
-    stats = NormStats(*(np.full(config.action_dim, x, np.float32) for x in (0, 1, -1, 1)))
-    policy = build_policy(config, {"actions": stats, "state": stats})
+    sizes = {"actions": config.robot.actions, "state": config.robot.states}
+    stats = {
+        name: NormStats(*(np.full(len(of), x, np.float32) for x in (0, 1, -1, 1)))
+        for name, of in sizes.items()
+    }
+    policy = build_policy(config, stats)
     world = build_world_model(config)
     params = jax.jit(policy.init)(jax.random.key(0))
     return policy, world, params, awake(jax.jit(world.init)(jax.random.key(0)))
