@@ -159,18 +159,19 @@ def draw(results: Mapping, cameras: Sequence[str], path: Path) -> None:
         below.plot(chunks, curve.mean(0), "o-", color=color, label=camera)
         below.fill_between(chunks, curve.min(0), curve.max(0), color=color, alpha=0.15, lw=0)
     measured = len(curve[0])
-    for eps, n in results["recommended"].items():
+    for row, (eps, n) in enumerate(results["recommended"].items()):
         place = min(n, measured + 0.5)
         below.axvline(place, ls=":", lw=1, color=COLORS[5])
-        below.annotate(
-            f"ε = {eps}: n = {n}", (place, float(eps)), fontsize=7, xytext=(3, 0),
-            textcoords="offset points",
-        )  # fmt: skip
-    below.set_xlim(0.8, measured + 1.2)
+        height = below.get_xaxis_transform()  # x in chunks, y as a part of the axis
+        below.text(
+            place + 0.03, 0.05 + 0.09 * row, f"ε = {eps}: n = {n}", fontsize=7, transform=height
+        )
+    below.set_xticks(chunks)
+    below.set_xlim(0.8, measured + 1.3)
     below.set_ylim(0, None)
     below.set_xlabel("chunks imagined; dotted: recommended for a divergence ε of the policies")
     below.set_ylabel("unexplained change")
-    below.legend(fontsize=7, loc="lower right")
+    below.legend(fontsize=7, loc="lower center")
     figure.savefig(path)
     plt.close(figure)
 

@@ -53,12 +53,16 @@ def read_pool(folder: Path) -> list[dict[str, dict]]:
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
         raise StageError(f"{folder} holds no results of runs (*.json)")
-    pool = [json.loads(path.read_text()).get("stages", {}) for path in paths]
-    for path, results in zip(paths, pool):
-        if "imagination" not in results.get("world_model", {}):
+    pool = []
+    for path in paths:
+        try:
+            pool.append(json.loads(path.read_text())["stages"])
+            pool[-1]["world_model"]["imagination"]
+        except (ValueError, KeyError, TypeError) as error:
             raise StageError(
-                f"{path} is not the results.json of a run whose world model was measured"
-            )
+                f"{path} is not the results.json of a run whose world model was measured "
+                f"({error!r})"
+            ) from error
     return [{s: results[s] for s in STAGES if s in results} for results in pool]
 
 

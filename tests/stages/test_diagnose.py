@@ -64,9 +64,10 @@ def test_runs_are_pooled():
 def test_a_pool_that_is_none(tmp_path):
     with pytest.raises(StageError, match="no results"):
         read_pool(tmp_path)
-    (tmp_path / "a.json").write_text(json.dumps({"sft": {}}))
-    with pytest.raises(StageError, match=r"a\.json"):
-        read_pool(tmp_path)
+    for text in (json.dumps({"sft": {}}), "{", "[]", '{"stages": {"world_model": 3}}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(StageError, match=r"a\.json"):
+            read_pool(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"stages": {**run(), "sft": {}}}))
     assert [set(r) for r in read_pool(tmp_path)] == [
         {"world_model", "value", "selection", "evaluate"}
