@@ -3,7 +3,7 @@
 Variants, chosen as `--config=configs/libero_long.py:NAME`:
 
     tiny    one of everything, untrained: for tests of the machinery.
-    micro   2 CPU cores, 24 GiB; everything from scratch; task 5; about 50 minutes.
+    micro   2 CPU cores, 24 GiB; everything from scratch; task 5; about an hour.
     small   one GPU; from scratch; all ten tasks.
     paper   8 x H100; public π0.5 and BAGEL checkpoints by path (`--config.pretrained.policy=DIR
             --config.pretrained.world_model=DIR` and the two tokenisers).

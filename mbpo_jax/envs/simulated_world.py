@@ -148,12 +148,13 @@ class SimulatedWorld:
             rows_of[BranchRequest(*self._requests[start], actions)] = rows
         seen: dict[str, np.ndarray] = {}
         for request, result in self._pool.branches(rows_of):
-            parts = {**result.images, "": result.proprio, "done": result.success}
+            parts = {**result.images, "": result.proprio, "done": result.success.astype(np.float32)}
             for name, x in parts.items():
                 whole = seen.setdefault(name, np.zeros((len(moment), *x.shape[1:]), x.dtype))
                 whole[rows_of[request]] = x
         seen = {name: x.reshape(*batch, *x.shape[1:]) for name, x in seen.items()}
-        return seen, seen.pop(""), seen.pop("done").astype(np.float32)
+        proprio, done = seen.pop(""), seen.pop("done")
+        return seen, proprio, done  # what is left are the views
 
 
 def can_repeat(episode: Episode) -> bool:
