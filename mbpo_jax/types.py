@@ -97,10 +97,14 @@ class ActionSample:
 class Branch:
     """An imagined branch of n chunks from each of M start states; leading axes [n, M].
 
-    `observation` is where each chunk began. `reward`, `done` and `valid` are float32: the reward
-    decoded at the chunk's end, whether the branch ended there, and 0 for chunks after that end.
-    `last_observation` and its value `bootstrap_value` (leading axis [M]) follow the last chunk.
-    `advantage` and `target` are None until they are computed from the rest.
+    `observation` is where each chunk began. `reward`, `done` and `mask` are float32: the reward
+    decoded at the chunk's end, times what a reward at a chunk's last step counts (the paper's
+    γ^(k-1)); whether the branch ended there; and 0 for chunks after that end. `last_observation`
+    and its value `bootstrap_value` (leading axis [M]) follow the last chunk. `advantage` and
+    `returns` are None until they are computed from the rest.
+
+    As chunks to learn from (`mbpo.flattened`) the leading axis is [n * M], and there is no
+    `last_observation` and no `bootstrap_value`.
     """
 
     observation: Observation
@@ -110,11 +114,11 @@ class Branch:
     value: Array
     reward: Array
     done: Array
-    valid: Array
-    last_observation: Observation
-    bootstrap_value: Array
+    mask: Array
+    last_observation: Observation | None
+    bootstrap_value: Array | None
     advantage: Array | None = None
-    target: Array | None = None
+    returns: Array | None = None
 
 
 class Policy(Protocol):

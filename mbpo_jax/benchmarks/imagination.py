@@ -20,10 +20,11 @@ from mbpo_jax.benchmarks.reference_stack import (
 )
 from mbpo_jax.benchmarks.timing import interleave, matmul_peak, measured, timed
 from mbpo_jax.benchmarks.world_model import awake
+from mbpo_jax.mbpo import imagine
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.rl.imagination import ROW_AXES, branch_keys, imagine
 from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
+from mbpo_jax.stages.imagination import ROW_AXES, branch_keys
 from mbpo_jax.training.sharding import make_mesh, map_rows, shard_batch
 from mbpo_jax.types import Observation, Params
 from mbpo_jax.world_model import config as world_config

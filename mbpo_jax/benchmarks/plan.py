@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mbpo_jax.benchmarks.hlo import Cost, program_cost
+from mbpo_jax.mbpo import MBPO, Settings
 from mbpo_jax.models.normalization import NormStats
 from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
 from mbpo_jax.stages.finetune_policy import flow_matching_loss
 from mbpo_jax.stages.finetune_world_model import joint_loss
-from mbpo_jax.stages.improve_policy import branch_sharding, make_ppo, programs
-from mbpo_jax.training.loop import initial_state, jit_step, make_optimizer, train_step
+from mbpo_jax.stages.imagination import placed_branch, programs
+from mbpo_jax.training.loop import Training, initial_state, jit_step, make_optimizer, train_step
 from mbpo_jax.training.sharding import (
     batch_sharding,
     frozen_weight_sharding,
@@ -276,10 +277,7 @@ class _Steps:
     def _training(
         self, name, stage, loss_fn, section, params, frozen, batch, trainable=None
     ) -> Step:
-        optimizer = ("learning_rate", "warmup_steps", "steps", "weight_decay", "grad_clip")
-        optimizer = {k: section[k] for k in optimizer}
-        optimizer["matrix_learning_rate"] = section.get("matrix_learning_rate", 0.0)
-        tx = make_optimizer(**optimizer, trainable=trainable)
+        tx = make_optimizer(Training.of(section), trainable)
         state = self._placed(jax.eval_shape(partial(initial_state, tx=tx), params))
         step = train_step(loss_fn, tx, section.ema_decay, section.gradient_accumulation)
         program = jit_step(step, jax.tree.map(lambda x: x.sharding, state))
@@ -292,13 +290,14 @@ class _Steps:
         config.unlock()
         config.rl.start_states = branches
         rl, mesh = config.rl, self.mesh
-        ppo = make_ppo(config, self.policy, self.policy.trainable(self.policy_params)["actor"])
-        state = self._placed(jax.eval_shape(ppo.init, self.policy_params))
+        trainable = self.policy.trainable(self.policy_params)["actor"]
+        mbpo = MBPO(self.policy, Settings.of(rl), config.chunk, trainable)
+        state = self._placed(jax.eval_shape(mbpo.init, self.policy_params))
         weights = jax.eval_shape(self.world.for_inference, self.world_params)
         placement = frozen_weight_sharding(weights, mesh, self.rules, config.parallel.world_model)
         at_rest, in_use = (jax.tree.map(_with_sharding, weights, where) for where in placement)
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        refill, revalue, _, update = programs(config, self.policy, self.world, ppo, mesh, shardings)
+        refill, revalue, _, update = programs(config, mbpo, self.world, mesh, shardings)
         one = self._abstract(jax.tree.map(lambda x: x[None], self.seen))
         precomputed = jax.eval_shape(self.world.precompute, weights, one, self.key)
         precomputed = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), precomputed)
@@ -314,8 +313,7 @@ class _Steps:
         yield refill_step
         if not in_run:
             return
-        branch = jax.eval_shape(refill, *refill_step.arguments)
-        branch = jax.tree.map(_with_sharding, branch, branch_sharding(branch, mesh))
+        branch = placed_branch(jax.eval_shape(refill, *refill_step.arguments), mesh)
         idle = 0 if config.parallel.world_model == "offloaded" else device_bytes(at_rest)
         refills = refill_step.runs
         yield Step(

@@ -188,7 +188,7 @@ def world_process(world: ServedWorld, params: Params) -> Iterator[Ask]:
 
 
 class ReferenceImagination:
-    """`rl.imagination.imagine` for a world model that is asked over a connection, in a Python loop
+    """`mbpo.imagine` for a world model that is asked over a connection, in a Python loop
     with every observation in host memory. `seconds` holds where the last call spent its time."""
 
     def __init__(self, policy: Policy, ask: Ask, cameras: tuple[str, ...], chunks: int):
@@ -216,7 +216,7 @@ class ReferenceImagination:
             done = self._done(following)
             record = {"observation": observation, "value": value, "chain": sample.chain}
             record |= {"actions": sample.actions, "log_prob": sample.log_prob}
-            records.append(record | {"reward": done * alive, "done": done, "valid": alive})
+            records.append(record | {"reward": done * alive, "done": done, "mask": alive})
             observation, alive = following, alive * (1.0 - done)
         stacked = jax.tree.map(lambda *x: np.stack(x), *records)
         bootstrap = self._timed("value", self._value, params, observation)

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mbpo_jax.mbpo import (
+    actor_loss,
+    critic_loss,
+    generalized_advantages,
+    normalize_advantages,
+)
 from mbpo_jax.policy.parity import Row, row
-from mbpo_jax.rl.gae import generalized_advantages, normalize_advantages
-from mbpo_jax.rl.ppo import actor_loss, critic_loss
 
 TOLERANCE = 1e-6
 CHUNK_TOLERANCE = 5e-6  # where a ratio is the exponential of two float32 sums over a whole chunk

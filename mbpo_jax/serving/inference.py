@@ -168,7 +168,7 @@ def load(
 
     Args:
         best_of: above 1 it acts on the best of so many imagined chunks, by the world model and the
-            value of the same run (`rl.selection`), `best_of_chunks` ahead.
+            value of the same run (`selection`), `best_of_chunks` ahead.
 
     Raises:
         StageError: there is none, or nothing to choose by, or a record of the run is lost.

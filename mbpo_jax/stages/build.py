@@ -15,11 +15,11 @@ from mbpo_jax.data.pipelines import ObservationBuilder
 from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, QwenTokenizer
 from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.episode import Episode
+from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.models.normalization import BOUND, NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.rl.gae import chunk_discount
-from mbpo_jax.rl.selection import best_of
+from mbpo_jax.selection import best_of
 from mbpo_jax.stages.workspace import StageError, Workspace, config_entries
 from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.training.sharding import Rules, parameter_sharding
@@ -121,7 +121,7 @@ Act = Callable[[Params, Observation, Array], Array]  # (params, observation [1],
 def load_selection(
     config: Config, root: Path, actor: Path, choice: str = "best"
 ) -> tuple[Act, Params]:
-    """Best of `evaluation.best_of` chunks (`rl.selection`) of the policy whose parameters are at
+    """Best of `evaluation.best_of` chunks (`selection`) of the policy whose parameters are at
     `actor`, by the world model and the value of the run in `root`: the acting function and its
     parameters."""
     policy, params = load_policy(config, root / "sft", actor)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbpo_jax.rl.selection import CHOICES
+from mbpo_jax.selection import CHOICES
 from mbpo_jax.stages.statistics import mcnemar_exact
 from mbpo_jax.stages.workspace import StageError, Workspace
 

@@ -22,7 +22,8 @@ from mbpo_jax.stages.build import (
 )
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
-from mbpo_jax.training.loop import LossFn, fit
+from mbpo_jax.training.loop import LossFn, Training, fit
+from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 
 
@@ -59,33 +60,23 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     if config.pretrained.policy:
         params["actor"] = load_openpi(config.pretrained.policy, policy.config, shardings["actor"])
 
-    section = config.sft.to_dict()
-    del section["rollouts"]
-    batch_size = section.pop("batch_size")
+    origin = checkpoint_origin(
+        config, ["policy", "sft"], {name: vars(x) for name, x in stats.items()}
+    )
     actor = fit(
         flow_matching_loss(policy),
         params["actor"],
         {},
-        lambda first: batches(source, batch_size, config.seed, start_step=first),
-        directory=directory,
-        mesh=mesh,
-        rules=rules,
-        seed=config.seed,
-        name="policy fine-tuning",
-        keep=config.checkpoints.keep,
-        origin=checkpoint_origin(
-            config, ["policy", "sft"], {name: vars(x) for name, x in stats.items()}
-        ),
-        profile_steps=config.profile_steps,
-        loggers=config.loggers,
-        trainable=policy.trainable(params)["actor"],
-        **section,
+        lambda first: batches(source, config.sft.batch_size, config.seed, start_step=first),
+        Training.of(config.sft),
+        Run.of(config, "policy fine-tuning", directory, config.seed, origin),
+        policy.trainable(params)["actor"],
     )
     save_params(directory / "policy", {"actor": actor, "critic": params["critic"]})
     return {
         "frames": len(source),
         "parameters": sum(x.size for x in jax.tree.leaves(actor)),
-        "steps": section["steps"],
+        "steps": config.sft.steps,
         "normalization_widened": widened,
     }
 

@@ -33,7 +33,8 @@ from mbpo_jax.stages.build import (
 )
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
-from mbpo_jax.training.loop import LossFn, fit
+from mbpo_jax.training.loop import LossFn, Training, fit
+from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
 from mbpo_jax.types import Observation, Params, Transition, WorldModel
 from mbpo_jax.world_model import bagel, metrics
@@ -162,8 +163,8 @@ def _train_vae(
     config: Config, world: UMMWorld, params: Params, episodes: list[Episode], directory: Path
 ) -> Params:
     frames = np.concatenate([e.images[c] for e in episodes for c in config.cameras])
-    section = config.world_model.vae_training.to_dict()
-    batch_size = section.pop("batch_size")
+    section = config.world_model.vae_training
+    batch_size = section.batch_size
 
     def image_batches(first: int) -> Iterator[np.ndarray]:
         step = first
@@ -177,16 +178,14 @@ def _train_vae(
         params["vae"],
         {},
         image_batches,
-        directory=directory,
-        mesh=make_mesh(config.parallel.fsdp),
-        rules=config.parallel.rules,
-        seed=config.seed + 1,
-        name="image autoencoder",
-        keep=config.checkpoints.keep,
-        origin=checkpoint_origin(config, ["world_model"], {}),
-        profile_steps=config.profile_steps,
-        loggers=config.loggers,
-        **section,
+        Training.of(section),
+        Run.of(
+            config,
+            "image autoencoder",
+            directory,
+            config.seed + 1,
+            checkpoint_origin(config, ["world_model"], {}),
+        ),
     )
     return {**params, "vae": vae}
 
@@ -207,16 +206,14 @@ def train_dynamics(
         {k: v for k, v in params.items() if k not in world.frozen},
         frozen,
         joint_batches(config, world, params, sources, episodes),
-        directory=directory,
-        mesh=make_mesh(config.parallel.fsdp),
-        rules=config.parallel.rules,
-        seed=config.seed + 2,
-        name="world model",
-        keep=config.checkpoints.keep,
-        origin=checkpoint_origin(config, ["world_model"], params["statistics"]),
-        profile_steps=config.profile_steps,
-        loggers=config.loggers,
-        **config.world_model.training.to_dict(),
+        Training.of(config.world_model.training),
+        Run.of(
+            config,
+            "world model",
+            directory,
+            config.seed + 2,
+            checkpoint_origin(config, ["world_model"], params["statistics"]),
+        ),
     )
     return {**jax.device_get(frozen), **jax.device_get(trained)}
 

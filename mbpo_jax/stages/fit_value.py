@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import mannwhitneyu
 
 from mbpo_jax.data.normalization import read_norm_stats
 from mbpo_jax.data.pipelines import (
@@ -14,10 +15,9 @@ from mbpo_jax.data.pipelines import (
     transitions,
 )
 from mbpo_jax.episode import Episode
+from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.policy import critic
 from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.rl.gae import chunk_discount
-from mbpo_jax.rl.value import auc, chunk_returns, fit_critic
 from mbpo_jax.stages.build import (
     Config,
     abstract_params,
@@ -65,7 +65,7 @@ def fit_value(workspace: Workspace, directory: Path) -> dict:
     )
     if not len(returns):
         raise StageError("no frame of the training episodes has a return to learn a value from")
-    fit = jax.jit(fit_critic, static_argnames="steps")
+    fit = jax.jit(critic.fit_critic, static_argnames="steps")
     fitted = fit(
         params["critic"],
         jnp.asarray(features),
@@ -79,6 +79,23 @@ def fit_value(workspace: Workspace, directory: Path) -> dict:
         "frames": len(returns),
         "held_out": {kind: quality(fitted, *table) for kind, table in tables[1].items()},
     }
+
+
+def chunk_returns(
+    steps_left: Array, success: Array, chunk: int, discount: float, reward_weight: float
+) -> Array:
+    """Discounted return of states [N] of finished episodes, in chunks of `chunk` steps.
+
+    Args:
+        steps_left: int, environment steps until the episode's end, at least 1 in a success.
+        success: bool, whether the episode succeeded.
+        discount, reward_weight: per chunk and of a reward at a chunk's end (`chunk_discount`).
+
+    Returns:
+        w γ^(chunks left - 1) for a success, 0 for a failure.
+    """
+    chunks = jnp.ceil(jnp.asarray(steps_left) / chunk)
+    return jnp.where(success, reward_weight * discount ** (chunks - 1.0), 0.0)
 
 
 def value_table(
@@ -147,3 +164,13 @@ def quality(layers: Params, features: Array, returns: Array) -> dict:
         "r2": float(1 - np.square(value - returns).mean() / max(returns.var(), 1e-9)),
         "bins": [[float(value[g].mean()), float(returns[g].mean()), len(g)] for g in groups],
     }
+
+
+def auc(score: Array, label: Array) -> float:
+    """Area under the ROC curve: how often a positive scores above a negative (ties count half);
+    NaN without both kinds."""
+    score, label = np.asarray(score), np.asarray(label) > 0.5
+    pairs = label.sum() * (~label).sum()
+    if not pairs:
+        return float("nan")
+    return float(mannwhitneyu(score[label], score[~label]).statistic / pairs)

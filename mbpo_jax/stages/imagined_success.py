@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mbpo_jax.data.pipelines import branch_starts, collate
-from mbpo_jax.rl.imagination import branch_keys, imagine
+from mbpo_jax.mbpo import imagine
 from mbpo_jax.stages.build import (
     abstract_params,
     build_world_model,
@@ -17,6 +17,7 @@ from mbpo_jax.stages.build import (
     observation_builder,
 )
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
+from mbpo_jax.stages.imagination import branch_keys
 from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import load_params

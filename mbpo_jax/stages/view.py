@@ -15,13 +15,14 @@ from PIL import Image
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import collate, transitions
 from mbpo_jax.episode import Episode
-from mbpo_jax.rl.imagination import branch_keys, imagine
+from mbpo_jax.mbpo import imagine
 from mbpo_jax.stages.build import (
     abstract_params,
     build_world_model,
     load_policy,
     observation_builder,
 )
+from mbpo_jax.stages.imagination import branch_keys
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Observation

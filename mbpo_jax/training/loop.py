@@ -1,9 +1,9 @@
-"""Supervised training: a state, one jitted step, and a loop that survives a kill."""
+"""Training: one loop that survives a kill, for every learner, and the supervised step."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
 from jax.tree_util import KeyPath
 from tqdm import tqdm
 
@@ -21,7 +20,8 @@ from mbpo_jax.training.interruption import Interrupted, deferred
 from mbpo_jax.training.metrics import MetricWriter
 from mbpo_jax.training.nonfinite import NonFiniteGuard, skip_nonfinite
 from mbpo_jax.training.profiling import StepProfiler
-from mbpo_jax.training.sharding import Rules, on_mesh, parameter_sharding, shard_batch
+from mbpo_jax.training.run import Run
+from mbpo_jax.training.sharding import on_mesh, parameter_sharding, shard_batch
 from mbpo_jax.types import Array, Params
 
 LossFn = Callable[[Params, Params, Any, Array], tuple[Array, dict[str, Array]]]
@@ -37,15 +37,35 @@ class TrainState:
     step: Array
 
 
+@dataclass(frozen=True)
+class Training:
+    """A supervised training, as a config section describes it.
+
+    matrix_learning_rate: above 0, Muon moves the matrices of layers at this rate.
+    gradient_accumulation: slices of a batch whose gradients are computed one after the other.
+    ema_decay: of the average of the parameters, which is the result.
+    log_every, checkpoint_every: steps.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    grad_clip: float
+    ema_decay: float
+    log_every: int
+    checkpoint_every: int
+    gradient_accumulation: int = 1
+    matrix_learning_rate: float = 0.0
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "Training":
+        """Those entries of a config section that describe the training."""
+        return cls(**{field.name: section[field.name] for field in fields(cls)})
+
+
 def make_optimizer(
-    *,
-    learning_rate: float,
-    warmup_steps: int,
-    steps: int,
-    weight_decay: float,
-    grad_clip: float,
-    trainable: Params | None = None,
-    matrix_learning_rate: float = 0.0,
+    training: Training, trainable: Params | None = None
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up, cosine decay to 5 % of the peak, and global-norm clipping.
 
@@ -59,14 +79,15 @@ def make_optimizer(
 
     def schedule(peak):
         return optax.warmup_cosine_decay_schedule(
-            0.0, peak, warmup_steps, max(steps, warmup_steps + 1), 0.05 * peak
+            0.0, peak, warmup, max(training.steps, warmup + 1), 0.05 * peak
         )
 
-    tx = optax.adamw(schedule(learning_rate), b2=0.98, weight_decay=weight_decay)
-    if matrix_learning_rate:
+    warmup, decay = training.warmup_steps, training.weight_decay
+    tx = optax.adamw(schedule(training.learning_rate), b2=0.98, weight_decay=decay)
+    if training.matrix_learning_rate:
         muon = optax.contrib.muon(
-            schedule(matrix_learning_rate),
-            weight_decay=weight_decay,
+            schedule(training.matrix_learning_rate),
+            weight_decay=decay,
             muon_weight_dimension_numbers=partial(
                 jax.tree_util.tree_map_with_path, _matrix_dimensions
             ),
@@ -74,7 +95,7 @@ def make_optimizer(
         tx = optax.partition({"matrix": muon, "other": tx}, _layer_matrices)
     if trainable is not None:
         tx = optax.masked(tx, trainable)
-    return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
+    return optax.chain(optax.clip_by_global_norm(training.grad_clip), tx)
 
 
 # Input and output axes of the matrices in stacks of layers, by a pattern of their names; what is
@@ -157,109 +178,125 @@ def fit(
     params: Params,
     frozen: Params,
     batches: Callable[[int], Iterator[Any]],
-    *,
-    directory: Path,
-    mesh: Mesh,
-    seed: int,
-    name: str,
-    steps: int,
-    learning_rate: float,
-    warmup_steps: int,
-    weight_decay: float,
-    grad_clip: float,
-    ema_decay: float,
-    log_every: int,
-    checkpoint_every: int,
-    keep: int = 1,
-    origin: Mapping[str, Any] | None = None,
-    profile_steps: Sequence[int] = (),
+    training: Training,
+    run: Run,
     trainable: Params | None = None,
-    loggers: Sequence[str] = ("tensorboard",),
-    rules: Rules = (),
-    gradient_accumulation: int = 1,
-    matrix_learning_rate: float = 0.0,
 ) -> Params:
-    """Trains `params` for `steps` steps and returns their exponential moving average.
-
-    Step i uses the i-th batch and the key `fold_in(key(seed), i)`; therefore a run that is killed
-    and started again in the same `directory` continues from its last checkpoint and ends with
-    the same parameters and metrics. A step whose loss or gradient is not finite changes nothing
-    and is counted in the metric `skipped`.
+    """Trains `params` on a loss and returns their exponential moving average.
 
     Args:
         loss_fn: `(params, frozen, batch, key) -> (scalar loss, metrics)`.
         frozen: arrays the loss needs that are not trained, e.g. a pretrained autoencoder's.
         batches: `batches(i)` yields the host batches of steps i, i + 1, ...
-        directory: receives `checkpoints/` and the metrics.
-        name: what the progress bar says.
-        keep, origin: of the checkpoints, see `Checkpoints`; the seed is added to the origin.
-        profile_steps: see `StepProfiler`.
         trainable: tree of bools like `params`, False where the loss stops the gradient.
-        loggers: of the metrics, beside their file (`training.metrics.LOGGERS`).
-        rules: how parameters and what belongs to them are split (`parameter_sharding`).
-        gradient_accumulation: see `train_step`. matrix_learning_rate: see `make_optimizer`.
+
+    Raises:
+        FloatingPointError, Interrupted, OSError: as `repeat`.
+    """
+    tx = make_optimizer(training, trainable)
+    # Straight into its shards: a large model's optimiser state does not fit one device.
+    make_state = partial(initial_state, tx=tx)
+    shardings = parameter_sharding(jax.eval_shape(make_state, params), run.mesh, run.rules)
+    state = jax.jit(make_state, out_shardings=shardings)(jax.device_put(params, shardings.params))
+    frozen = jax.device_put(frozen, parameter_sharding(frozen, run.mesh, run.rules))
+    slices, base_key = training.gradient_accumulation, jax.random.key(run.seed)
+    step_fn = jit_step(train_step(loss_fn, tx, training.ema_decay, slices), shardings)
+    stream = None
+
+    def step(i: int, state: TrainState):
+        nonlocal stream
+        stream = batches(i) if stream is None else stream
+        batch, key = next(stream), jax.random.fold_in(base_key, i)
+        return *step_fn(state, frozen, shard_batch(batch, run.mesh, slices), key), batch
+
+    return repeat(
+        step,
+        state,
+        run,
+        steps=training.steps,
+        log_every=training.log_every,
+        checkpoint_every=training.checkpoint_every,
+        shown=("loss",),
+    ).ema
+
+
+def repeat(
+    step: Callable[[int, Any], tuple[Any, dict[str, Array], Any]],
+    carry: Any,
+    run: Run,
+    *,
+    steps: int,
+    log_every: int,
+    checkpoint_every: int,
+    shown: Sequence[str],
+    prepare: Callable[[int, Any], tuple[Any, dict[str, float]]] = lambda i, carry: (carry, {}),
+    like: Callable[[], Any] | None = None,
+    best: str | None = None,
+) -> Any:
+    """The loop of every training: `steps` steps with checkpoints, metrics and profile; returns the
+    last carry.
+
+    What a step does depends on its number and the carry alone; therefore a run that is killed and
+    started again in the same directory continues from its last checkpoint and ends with the same
+    carry and metrics. A step that is not finite changes nothing (`skip_nonfinite`) and is counted
+    in the metric `skipped`.
+
+    Args:
+        step: `(i, carry) -> (carry, metrics, batch)`; the metrics have `skipped`, the batch is
+            written to disk if it turns out to be the end.
+        carry: pytree of arrays, all that a checkpoint holds.
+        log_every, checkpoint_every: steps between records, and at least between checkpoints.
+        shown: names of metrics in the progress bar.
+        prepare: `(i, carry) -> (carry, metrics)` before step i, e.g. new data for some steps.
+        like: what a restored carry looks like (`Checkpoints.restore`); by default as `carry`.
+        best: name of a metric of `prepare`: checkpoints are made where it is known, and beside the
+            newest stays the one where it was highest.
 
     Raises:
         FloatingPointError: three steps in a row were not finite; see `NonFiniteGuard`.
-        Interrupted: SIGTERM came; the state is saved.
+        Interrupted: SIGTERM came; the carry is saved.
         OSError: a checkpoint cannot be written; earlier ones are kept.
     """
-    tx = make_optimizer(
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        steps=steps,
-        weight_decay=weight_decay,
-        grad_clip=grad_clip,
-        trainable=trainable,
-        matrix_learning_rate=matrix_learning_rate,
-    )
-    # Straight into its shards: a large model's optimiser state does not fit one device.
-    make_state = partial(initial_state, tx=tx)
-    shardings = parameter_sharding(jax.eval_shape(make_state, params), mesh, rules)
-    state = jax.jit(make_state, out_shardings=shardings)(jax.device_put(params, shardings.params))
-    frozen = jax.device_put(frozen, parameter_sharding(frozen, mesh, rules))
-    step_fn = jit_step(train_step(loss_fn, tx, ema_decay, gradient_accumulation), shardings)
-    base_key = jax.random.key(seed)
+    origin = {**run.origin, "seed": run.seed}
     with (
         deferred() as asked_to_stop,
-        Checkpoints(
-            Path(directory) / "checkpoints", {**(origin or {}), "seed": seed}, keep
-        ) as checkpoints,
-        StepProfiler(directory, profile_steps) as profiler,
+        Checkpoints(run.directory / "checkpoints", origin, run.keep, best) as checkpoints,
+        StepProfiler(run.directory, run.profile_steps) as profiler,
     ):
-        progress: dict = {"window": [], "skipped_in_a_row": 0}
+        first, progress = 0, {"window": [], "skipped_in_a_row": 0}
         if checkpoints.latest_step() is not None:
-            state, progress = checkpoints.restore(state)
-        first, window = int(state.step), progress["window"]
-        guard = NonFiniteGuard(directory, name, progress["skipped_in_a_row"])
-        stream = batches(first)
-        with MetricWriter(directory, first + 1, loggers) as writer:
-            for i in (bar := tqdm(range(first, steps), desc=name, initial=first, total=steps)):
-                batch = next(stream)
+            first = checkpoints.latest_step()
+            carry, progress = checkpoints.restore(like() if like else carry)
+        window, saved = progress["window"], first
+        guard = NonFiniteGuard(run.directory, run.name, progress["skipped_in_a_row"])
+
+        def save(i, metrics=None):
+            guard.settle()
+            progress = {"window": _on_host(window), "skipped_in_a_row": guard.in_a_row}
+            checkpoints.save(i, carry, progress, metrics)
+
+        with MetricWriter(run.directory, first + 1, run.loggers) as writer:
+            for i in (bar := tqdm(range(first, steps), run.name, steps, initial=first)):
+                carry, known = prepare(i, carry)
+                if asked_to_stop(i):
+                    save(i, known if best in known else None)
+                    checkpoints.wait()
+                    raise Interrupted(f"{run.name}: stopped by SIGTERM, saved at step {i}")
+                if i - saved >= checkpoint_every and (best is None or best in known):
+                    save(i, known or None)
+                    saved = i
                 profiler.before(i)
-                key = jax.random.fold_in(base_key, i)
-                state, metrics = step_fn(
-                    state, frozen, shard_batch(batch, mesh, gradient_accumulation), key
-                )
-                profiler.after(i, state)
+                carry, metrics, batch = step(i, carry)
+                profiler.after(i, carry)
                 guard.add(i, batch, metrics["skipped"])
-                window.append(metrics)
-                done = i + 1
-                if done % log_every == 0 or done == steps:
+                window.append(known | metrics)
+                if (i + 1) % log_every == 0 or i + 1 == steps:
                     means = _mean_metrics(window)
                     window = []
-                    writer.write(done, means)
-                    bar.set_postfix(loss=f"{means['loss']:.4f}")
-                stop = asked_to_stop(i)
-                if done % checkpoint_every == 0 or done == steps or stop:
-                    guard.settle()
-                    window = _on_host(window)
-                    progress = {"window": window, "skipped_in_a_row": guard.in_a_row}
-                    checkpoints.save(done, state, progress)
-                if stop and done < steps:
-                    checkpoints.wait()
-                    raise Interrupted(f"{name}: stopped by SIGTERM and saved after step {done}")
-    return state.ema
+                    writer.write(i + 1, means)
+                    bar.set_postfix({name: f"{means[name]:.4f}" for name in shown})
+            save(steps)
+    return carry
 
 
 def _on_host(window: list[dict[str, Array]]) -> list[dict[str, float]]:

@@ -7,7 +7,7 @@ import pytest
 from configs import libero_long
 from mbpo_jax.benchmarks import imagination
 from mbpo_jax.benchmarks.reference_stack import ReferenceImagination, ServedWorld, world_process
-from mbpo_jax.rl.imagination import imagine
+from mbpo_jax.mbpo import imagine
 
 
 @pytest.fixture(scope="module")
@@ -40,5 +40,5 @@ def test_the_reference_way_imagines_the_same(config, monkeypatch):
     pictures = [np.asarray(x.last_observation.images[head], int) for x in (theirs, ours)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert np.abs(pictures[0] - np.asarray(start.images[head], int)).max() > 1
-    np.testing.assert_array_equal(theirs.reward, theirs.done * theirs.valid)
+    np.testing.assert_array_equal(theirs.reward, theirs.done * theirs.mask)
     assert min(reference.seconds.values()) > 0

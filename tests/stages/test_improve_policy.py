@@ -1,7 +1,6 @@
 import signal
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -10,10 +9,10 @@ from mbpo_jax.data.pipelines import Source
 from mbpo_jax.stages import improve_policy
 from mbpo_jax.stages.improve_policy import optimize_policy
 from mbpo_jax.stages.workspace import StageError
+from mbpo_jax.toy import ToyPolicy, ToyWorld, WrongWorld, observation
 from mbpo_jax.training.interruption import Interrupted
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
 from mbpo_jax.types import Demonstration
-from tests.toy import ToyPolicy, ToyWorld, observation
 
 
 def start_at(i: int, frame: int):
@@ -96,7 +95,7 @@ class RememberingWorld(ToyWorld):
 def test_branches_start_from_what_was_precomputed_of_their_own_start(tmp_path, monkeypatch):
     branches = []
     monkeypatch.setattr(
-        improve_policy, "_branch_metrics", lambda branch: branches.append(branch) or {}
+        improve_policy, "branch_metrics", lambda branch: branches.append(branch) or {}
     )
     # 13 starts and 8 at a time: the last 3 rows of the second batch are filled up.
     source = Source(start_at, [(i, 0) for i in range(13)])
@@ -131,21 +130,6 @@ def test_groups_learn(tmp_path):
     assert optimize(tmp_path, **changes)["actor"]["mean"] > 0.2
 
 
-class AnchoredPolicy(ToyPolicy):
-    """Was fine-tuned on actions around 0."""
-
-    def loss(self, actor, observation, actions, key):
-        loss = jnp.square(actor["mean"] - actions).mean()
-        return loss, {"loss": loss}
-
-
-class WrongWorld(ToyWorld):
-    """Promises ever more the farther the point goes to the left."""
-
-    def reward(self, params, state):
-        return jax.nn.sigmoid(-10.0 * state.observation.proprio[:, 0] - 10.0)
-
-
 @pytest.mark.trains
 def test_the_anchor_keeps_a_wrong_world_from_carrying_the_policy_away(tmp_path):
     def shown(i, frame):
@@ -157,7 +141,6 @@ def test_the_anchor_keeps_a_wrong_world_from_carrying_the_policy_away(tmp_path):
         weight: float(
             optimize(
                 tmp_path / str(weight),
-                policy=AnchoredPolicy(),
                 world=WrongWorld(),
                 demonstrated=starts(shown),
                 anchor_weight=weight,
@@ -178,7 +161,7 @@ def test_an_exchange_within_one_group_is_refused(tmp_path):
 def test_a_group_starts_from_one_state(tmp_path, monkeypatch):
     branches = []
     monkeypatch.setattr(
-        improve_policy, "_branch_metrics", lambda branch: branches.append(branch) or {}
+        improve_policy, "branch_metrics", lambda branch: branches.append(branch) or {}
     )
     optimize(tmp_path, group_size=4, updates=1)
     (branch,) = branches
@@ -238,7 +221,7 @@ def test_sigterm_between_refills_saves_the_buffer_too(tmp_path, monkeypatch):
         patched.setattr(MetricWriter, "write", write_and_stop)
         with pytest.raises(Interrupted) as exit_:
             optimize(tmp_path / "stopped", updates=15)
-    assert "saved at 8" in exit_.value.message
+    assert "saved at step 7" in exit_.value.message
     resumed = optimize(tmp_path / "stopped", updates=15)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     assert read_metrics(tmp_path / "whole/metrics.jsonl") == read_metrics(

@@ -14,8 +14,8 @@ from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages import view
 from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.toy import ToyPolicy
 from mbpo_jax.types import WorldState
-from tests.toy import ToyPolicy
 
 TIMES = [0, 2, 4, 5]  # two whole chunks, and one that ended early without success
 CAMERAS = ("top", "hand")

@@ -19,11 +19,15 @@ from jax.experimental import multihost_utils
 
 from configs.libero_long import get_config
 from mbpo_jax.data.pipelines import Source, batches
+from mbpo_jax.mbpo import MBPO, Settings
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.finetune_policy import flow_matching_loss
 from mbpo_jax.stages.finetune_world_model import joint_loss
-from mbpo_jax.stages.improve_policy import make_ppo, optimize_policy, programs
-from mbpo_jax.training.loop import LossFn, fit, initial_state, jit_step, train_step
+from mbpo_jax.stages.imagination import programs
+from mbpo_jax.stages.improve_policy import optimize_policy
+from mbpo_jax.toy import ToyPolicy, ToyWorld, observation
+from mbpo_jax.training.loop import LossFn, Training, fit, initial_state, jit_step, train_step
+from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import (
     frozen_weight_sharding,
     make_mesh,
@@ -35,7 +39,6 @@ from mbpo_jax.types import Demonstration, RewardExample, Transition
 from mbpo_jax.world_model.statistics import neutral_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
 from tests.policy.conftest import LIMITS, TINY, make_observation, stats
-from tests.toy import ToyPolicy, ToyWorld, observation
 from tests.world_model import conftest as tiny_world
 
 RULES = get_config("micro").parallel.rules
@@ -151,14 +154,14 @@ def network_steps(mesh: str, trainings=TRAININGS, world_model="replicated") -> d
 
     policy, params, world, world_params = models()
     settings = config(mesh, rollout, world_model)
-    ppo = make_ppo(settings, policy)
-    ppo.actor_tx = ppo.critic_tx = optax.sgd(1.0)
-    state = ppo.init(params)
+    mbpo = MBPO(policy, Settings.of(settings.rl), settings.chunk)
+    mbpo.actor_tx = mbpo.critic_tx = optax.sgd(1.0)
+    state = mbpo.init(params)
     shardings = parameter_sharding(state, placed, RULES)
     state = jax.device_put(state, shardings)
     at_rest = frozen_weight_sharding(world_params, placed, RULES, world_model)[0]
     world_params = jax.device_put(world_params, at_rest)
-    refill, _, _, update = programs(settings, policy, world, ppo, placed, shardings)
+    refill, _, _, update = programs(settings, mbpo, world, placed, shardings)
     start = seen(0), world.precompute(world_params, seen(0), key)
     branch = refill(state.params, world_params, shard_batch(start, placed), key)
     state, metrics = update(state, branch, key)
@@ -187,20 +190,17 @@ def toy_training(mesh: str, directory: Path, steps: int, checkpoint_every: int =
         {"kernel": np.eye(8, dtype=np.float32)},
         {},
         lambda step: batches(source, 8, 0, start_step=step),
-        directory=directory,
-        mesh=make_mesh(int(mesh[-1])),
-        rules=RULES,
-        seed=0,
-        name="toy",
-        steps=steps,
-        learning_rate=0.1,
-        warmup_steps=0,
-        weight_decay=0.0,
-        grad_clip=1.0,
-        ema_decay=0.9,
-        log_every=1,
-        checkpoint_every=checkpoint_every,
-        loggers=(),
+        Training(
+            steps=steps,
+            learning_rate=0.1,
+            warmup_steps=0,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            ema_decay=0.9,
+            log_every=1,
+            checkpoint_every=checkpoint_every,
+        ),
+        Run("toy", directory, 0, make_mesh(int(mesh[-1])), RULES, loggers=()),
     )
 
 

@@ -9,9 +9,10 @@ from mbpo_jax.policy import network
 from mbpo_jax.policy.config import variants
 from mbpo_jax.training import loop
 from mbpo_jax.training.interruption import Interrupted
-from mbpo_jax.training.loop import fit
+from mbpo_jax.training.loop import Training, fit
 from mbpo_jax.training.metrics import MetricWriter, read_metrics
-from mbpo_jax.training.sharding import make_mesh, shard_batch
+from mbpo_jax.training.run import Run
+from mbpo_jax.training.sharding import shard_batch
 
 
 def loss_fn(params, frozen, batch, key):
@@ -44,17 +45,14 @@ OPTIONS = {
 }
 
 
-def train(directory, last=10**9, make_batches=None, **changes):
+def train(directory, last=10**9, make_batches=None, profile_steps=(), **changes):
     return fit(
         loss_fn,
         {"w": jnp.zeros(3)},
         {"slope": jnp.asarray(2.0)},
         make_batches or batches_dying_at(last),
-        directory=directory,
-        mesh=make_mesh(),
-        seed=3,
-        name="test",
-        **{**OPTIONS, **changes},
+        Training(**{**OPTIONS, **changes}),
+        Run("test", directory, seed=3, profile_steps=profile_steps),
     )
 
 
@@ -74,12 +72,9 @@ def test_a_frozen_parameter_neither_decays_nor_drifts(tmp_path):
         {"w": jnp.zeros(3), "slope": jnp.asarray(2.1)},
         {},
         batches_dying_at(10**9),
-        directory=tmp_path,
-        mesh=make_mesh(),
-        seed=3,
-        name="test",
+        Training(**{**OPTIONS, "weight_decay": 0.5}),
+        Run("test", tmp_path, seed=3),
         trainable={"w": True, "slope": False},
-        **{**OPTIONS, "weight_decay": 0.5},
     )
     assert params["slope"] == jnp.asarray(2.1)
     assert np.all(params["w"] > 0.5)
@@ -112,7 +107,7 @@ def test_sigterm_saves_within_a_logging_window_and_exits_with_status_0(tmp_path)
     whole = train(tmp_path / "whole")
     with pytest.raises(Interrupted) as exit_:
         train(tmp_path / "stopped", make_batches=asked_to_stop_at(13))
-    assert "saved after step 14" in exit_.value.message
+    assert "saved at step 14" in exit_.value.message
     assert exit_.value.code == 0
     resumed = train(tmp_path / "stopped", make_batches=batches_from(14))
     np.testing.assert_array_equal(whole["w"], resumed["w"])

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from mbpo_jax.rl.selection import best_of, chunk_scores
-from tests.toy import ToyPolicy, ToyWorld, observation
+from mbpo_jax.selection import best_of, chunk_scores
+from mbpo_jax.toy import ToyPolicy, ToyWorld, observation
 
 
 class ActingPolicy(ToyPolicy):

@@ -1,6 +1,8 @@
 """An exact toy world and a Gaussian policy: the two protocols with known answers.
 
 A point on a line moves by the mean of its chunk's actions; the task is done where it is beyond 1.
+The best policy moves to the right and succeeds at once, with return 1. `experiments/toy.py`
+rehearses the method on it.
 """
 
 import jax
@@ -43,6 +45,13 @@ class ToyWorld:
         return (state.observation.proprio[:, 0] > 1.0).astype(jnp.float32)
 
 
+class WrongWorld(ToyWorld):
+    """Promises ever more the farther the point goes to the left."""
+
+    def reward(self, params, state):
+        return jax.nn.sigmoid(-10.0 * state.observation.proprio[:, 0] - 10.0)
+
+
 class ToyPolicy:
     """Implements Policy: actions are normal around a learned constant."""
 
@@ -63,3 +72,8 @@ class ToyPolicy:
     def value(self, params, prefix):
         w = params["critic"]["w"]
         return w[0] + w[1] * jax.lax.stop_gradient(prefix["position"])
+
+    def loss(self, actor, observation, actions, key):
+        """Demonstrated actions pull the mean: gradient 2 (mean - actions)."""
+        loss = jnp.square(actor["mean"] - actions).mean()
+        return loss, {"loss": loss}

@@ -3,15 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.rl.gae import learning_batch, with_advantages
-from mbpo_jax.rl.imagination import (
-    branch_keys,
-    imagine,
-    imagine_in_microbatches,
-    recompute_values,
-)
+from mbpo_jax.mbpo import MBPO, Settings, flattened, imagine
+from mbpo_jax.stages.imagination import branch_keys, imagine_in_microbatches, recompute_values
+from mbpo_jax.toy import ToyPolicy, ToyWorld, observation
 from mbpo_jax.types import WorldState
-from tests.toy import ToyPolicy, ToyWorld, observation
 
 POLICY, WORLD = ToyPolicy(), ToyWorld()
 
@@ -51,17 +46,18 @@ def test_a_branch_follows_the_world_and_records_it():
     expected = 0.5 + 2.0 * branch.last_observation.proprio[:, 0]
     np.testing.assert_allclose(branch.bootstrap_value, expected, atol=1e-6)
     assert not branch.reward.any()
-    assert branch.valid.all()
+    assert branch.mask.all()
 
 
 def test_a_branch_ends_at_its_first_success():
     # Moving 2 per chunk from -1.5: -1.5 → 0.5 → 2.5 (done in the second chunk) → ...
     branch = branch_from(observation([-1.5]), keys(1, 1), chunks=4, mean=2.0, weight=0.75)
-    np.testing.assert_array_equal(branch.valid[:, 0], [1, 1, 0, 0])
+    np.testing.assert_array_equal(branch.mask[:, 0], [1, 1, 0, 0])
     np.testing.assert_array_equal(branch.reward[:, 0], [0, 0.75, 0, 0])
-    batch = learning_batch(with_advantages(branch, 0.9, 0.95), normalize=False)
-    # The ended chunk's target is its reward alone.
-    np.testing.assert_allclose(batch.target[1], 0.75, atol=1e-6)
+    mbpo = MBPO(POLICY, Settings(discount=0.9, discount_per="reference"), chunk=2)
+    batch = flattened(mbpo.with_advantages(branch), normalize=False)
+    # The ended chunk's return is its reward alone.
+    np.testing.assert_allclose(batch.returns[1], 0.75, atol=1e-6)
 
 
 def test_microbatches_give_what_one_batch_gives():
@@ -141,5 +137,6 @@ def test_a_probability_as_reward_counts_the_way_there_once():
         policy, UnsureWorld(), policy.init(), {}, observation([0.0]), keys(0, 1), **options
     )
     np.testing.assert_allclose(branch.reward[:, 0], [0.2, 0.2], atol=1e-6)
-    np.testing.assert_allclose(branch.valid[:, 0], [1.0, 0.75], atol=1e-6)
-    np.testing.assert_allclose(with_advantages(branch, 0.5, 1.0).target[0], 0.275, atol=1e-6)
+    np.testing.assert_allclose(branch.mask[:, 0], [1.0, 0.75], atol=1e-6)
+    mbpo = MBPO(policy, Settings(discount=0.5, discount_per="reference", gae_lambda=1.0), chunk=2)
+    np.testing.assert_allclose(mbpo.with_advantages(branch).returns[0], 0.275, atol=1e-6)

@@ -4,7 +4,8 @@ import numpy as np
 
 from mbpo_jax.policy import critic
 from mbpo_jax.policy.config import CriticConfig
-from mbpo_jax.rl.value import auc, chunk_returns, fit_critic
+from mbpo_jax.policy.critic import fit_critic
+from mbpo_jax.stages.fit_value import auc, chunk_returns
 
 
 def test_returns_by_hand():
