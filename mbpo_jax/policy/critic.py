@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from mbpo_jax.models.layers import dense
+from mbpo_jax.nn.layers import dense
 from mbpo_jax.policy.config import CriticConfig
 
 

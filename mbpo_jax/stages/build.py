@@ -15,7 +15,7 @@ from mbpo_jax.data.pipelines import ObservationBuilder
 from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, QwenTokenizer
 from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.episode import Episode
-from mbpo_jax.models.normalization import BOUND, NormStats
+from mbpo_jax.nn.normalization import BOUND, NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.rl.gae import chunk_discount

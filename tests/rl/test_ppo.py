@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.rl import parity
+from experiments.parity_suites import gae_ppo as parity
 from mbpo_jax.rl.gae import PPOBatch
 from mbpo_jax.rl.ppo import PPO, actor_loss, gradient_agreement
 from mbpo_jax.types import Demonstration
