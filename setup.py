@@ -60,7 +60,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["mbpo_jax*", "experiments*", "configs*"]),
-    package_data={"mbpo_jax": ["**/*.md", "**/*.html", "**/*.json"]},
+    package_data={"mbpo_jax": ["**/*.html"], "experiments": ["**/*.md"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 
 from configs import libero_long
-from mbpo_jax.benchmarks import data, imagination, policy, world_model
+from experiments.benchmarks import data, imagination, policy, world_model
 
 SIZES = {  # of each target: those there are, and the default
     "policy": (tuple(policy.sizes()), "tiny,small"),
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     if with_sockets and importlib.util.find_spec("websockets") is None:
         parser.error(f"--target={options.target} needs: pip install -e '.[serve]'")
     if options.target == "server":
-        from mbpo_jax.benchmarks import server
+        from experiments.benchmarks import server
     rows = []
     for size in sizes:
         if options.target == "policy":

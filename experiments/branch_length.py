@@ -117,7 +117,7 @@ def recommended(config: ml_collections.ConfigDict, curves: Sequence[Mapping]) ->
     improved policy from the data's. The world model's chunk error ε_m(j) is taken to be the share
     of the change that it does not explain, in the worst view; after the last measured chunk it
     stays as it is."""
-    from mbpo_jax.theory.branch_length import optimal_branch_length
+    from experiments.theory.branch_length import optimal_branch_length
 
     full = config.max_steps // config.chunk
     views = [curve[camera]["unexplained"] for curve in curves for camera in config.cameras]
@@ -131,7 +131,7 @@ def recommended(config: ml_collections.ConfigDict, curves: Sequence[Mapping]) ->
 
 def draw(results: Mapping, cameras: Sequence[str], path: Path) -> None:
     """Success against branch length over the open-loop error of the world model."""
-    from mbpo_jax.stages.figures import COLORS, POLICY_COLORS, plt
+    from mbpo_jax.reporting.figures import COLORS, POLICY_COLORS, plt
 
     lengths = results["lengths"]
     figure, (above, below) = plt.subplots(2, 1, figsize=(5.4, 5.2))
@@ -209,7 +209,7 @@ def compare(
     config: ml_collections.ConfigDict, root: Path, lengths: Sequence[str], seeds: Sequence[str]
 ) -> None:
     """`run`, then the table and the picture; what the user can mend is one message."""
-    from mbpo_jax.envs.pool import WorkerError
+    from mbpo_jax.envs.workers.pool import WorkerError
     from mbpo_jax.stages.workspace import StageError
     from mbpo_jax.training.interruption import Interrupted, interruptible
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import compounding_error as default_config
-from mbpo_jax.theory import bounds, report, studies
+from experiments.theory import bounds, report, studies
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from mbpo_jax.stages.diagnose import gates, read_pool, read_summaries, table
+from mbpo_jax.reporting.diagnose import gates, read_pool, read_summaries, table
 from mbpo_jax.stages.workspace import StageError, Workspace, read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "working directory of a run")

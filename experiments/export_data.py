@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         from mbpo_jax.data.episodes import iterate_episodes
-        from mbpo_jax.data.export_lerobot import export_lerobot
+        from mbpo_jax.data.formats.export_lerobot import export_lerobot
     except ModuleNotFoundError as error:
         parser.error(f"needs the package {error.name}: pip install -e '.[import]'")
     try:

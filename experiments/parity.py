@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 SUITES = {
-    "pi05": ("mbpo_jax.policy.parity", "mbpo_jax.rl.parity"),
-    "bagel": ("mbpo_jax.world_model.parity",),
+    "pi05": ("experiments.parity_suites.pi05", "experiments.parity_suites.gae_ppo"),
+    "bagel": ("experiments.parity_suites.bagel",),
 }
 
 

@@ -23,8 +23,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments.benchmarks import plan
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
-from mbpo_jax.benchmarks import plan
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", str(CONFIG_DIRECTORY / "libero_long.py:paper"), "a config file and variant"

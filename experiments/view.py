@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = (options.episode or options.branch).split(":")
     if len(chosen) != (2 if options.episode else 3) or not all(n.isdigit() for n in chosen[1:]):
         parser.error("--episode is STAGE:NUMBER, --branch is STAGE:NUMBER:STEP")
-    from mbpo_jax.stages.view import (  # after the flags, so that --help is instant
+    from mbpo_jax.reporting.view import (  # after the flags, so that --help is instant
         branch_clip,
         episode_clip,
         render_clip,

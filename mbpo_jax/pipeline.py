@@ -11,18 +11,18 @@ from pathlib import Path
 
 import jax
 
-from mbpo_jax.envs.pool import WorkerError
+from mbpo_jax.envs.workers.pool import WorkerError
+from mbpo_jax.reporting.fidelity_report import report_fidelity
+from mbpo_jax.reporting.report import write_report
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import collect_demonstrations, collect_rollouts
 from mbpo_jax.stages.evaluate import evaluate
-from mbpo_jax.stages.fidelity import study_fidelity
 from mbpo_jax.stages.finetune_policy import finetune_policy
 from mbpo_jax.stages.finetune_world_model import finetune_world_model
 from mbpo_jax.stages.fit_value import fit_value
 from mbpo_jax.stages.imagined_success import imagine_held_out
 from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.recorded import take_demonstrations, take_rollouts
-from mbpo_jax.stages.report import write_report
 from mbpo_jax.stages.select_chunks import select_chunks
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.interruption import Interrupted, interruptible
@@ -62,7 +62,7 @@ STAGES = {
     "sft": Stage(finetune_policy, ("pretrained", "policy", "sft"), "demonstrations", shared=True),
     "rollouts": Stage(collect_rollouts, ("rollouts",), "sft"),
     "world_model": Stage(finetune_world_model, ("world_model",), "rollouts"),
-    "fidelity": Stage(study_fidelity, ("fidelity",), "world_model", on_request=True),
+    "fidelity": Stage(report_fidelity, ("fidelity",), "world_model", on_request=True),
     "value": Stage(fit_value, ("value", "rl.discount", "rl.discount_per"), "world_model"),
     "selection": Stage(
         select_chunks,

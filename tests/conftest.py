@@ -19,7 +19,7 @@ LONGEST = (
     "test_sharding.py",
     "test_pi0.py",
     "test_data.py",
-    "test_parity.py",
+    "test_bagel.py",
 )
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.parity_suites import gae_ppo as parity
 from mbpo_jax.mbpo import (
     MBPO,
     Settings,
@@ -13,7 +14,6 @@ from mbpo_jax.mbpo import (
     generalized_advantages,
     leave_one_out,
 )
-from mbpo_jax.rl import parity
 from mbpo_jax.stages.imagination import gradient_agreement
 from mbpo_jax.toy import CHUNK, ToyPolicy, observation
 from mbpo_jax.types import Branch, Demonstration

@@ -7,7 +7,7 @@ import pytest
 
 from configs import libero_long
 from mbpo_jax import pipeline
-from mbpo_jax.envs.pool import WorkerError
+from mbpo_jax.envs.workers.pool import WorkerError
 from mbpo_jax.stages.workspace import StageError, Workspace
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbpo_jax.models.normalization import BOUND, EPSILON, Mode, NormStats, normalize
+from mbpo_jax.nn.normalization import BOUND, EPSILON, Mode, NormStats, normalize
 
 FIELDS = ("mean", "std", "q01", "q99")
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import BranchRequest, EpisodeRequest
+from mbpo_jax.envs.workers.pool import EnvPool
 from mbpo_jax.episode import Episode
 from mbpo_jax.types import Array, Observation, Params, WorldState
 

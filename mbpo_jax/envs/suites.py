@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mbpo_jax.envs import libero, libero_expert, two_arm_expert, two_arm_lift
-from mbpo_jax.envs.simulator import RobosuiteEnv, TaskInfo, check_task
+from mbpo_jax.envs.experts import libero_expert, two_arm_expert
+from mbpo_jax.envs.sim import libero, two_arm_lift
+from mbpo_jax.envs.sim.simulator import RobosuiteEnv, TaskInfo, check_task
 
 SUITES = {**libero.SUITES, **two_arm_lift.SUITES}  # name -> number of tasks
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mbpo_jax.models.gemma import GemmaConfig
-from mbpo_jax.models.siglip import SiglipConfig
-from mbpo_jax.models.stored_arrays import check_readable
+from mbpo_jax.nn.gemma import GemmaConfig
+from mbpo_jax.nn.siglip import SiglipConfig
+from mbpo_jax.nn.stored_arrays import check_readable
 from mbpo_jax.policy import lora, network
 from mbpo_jax.policy.config import Pi0Config, variants
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from mbpo_jax.models.gemma import GemmaConfig
-from mbpo_jax.models.layers import LayerLoop
-from mbpo_jax.models.siglip import SiglipConfig
+from mbpo_jax.nn.gemma import GemmaConfig
+from mbpo_jax.nn.layers import LayerLoop
+from mbpo_jax.nn.siglip import SiglipConfig
 
 FLOW_METHODS = ("sde", "noise", "matching", "smooth")
 

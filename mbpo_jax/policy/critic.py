@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mbpo_jax.models.layers import dense
+from mbpo_jax.nn.layers import dense
 from mbpo_jax.policy.config import CriticConfig
 from mbpo_jax.types import Params
 

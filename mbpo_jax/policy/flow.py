@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mbpo_jax.models.layers import dense, linear
+from mbpo_jax.nn.layers import dense, linear
 from mbpo_jax.policy.config import FlowConfig
 
 TimeFunction = Callable[[jax.Array], Any]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbpo_jax.models.layers import lecun_normal
+from mbpo_jax.nn.layers import lecun_normal
 from mbpo_jax.policy.config import LoraConfig
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mbpo_jax.models import gemma, siglip
-from mbpo_jax.models.layers import dense, linear
+from mbpo_jax.nn import gemma, siglip
+from mbpo_jax.nn.layers import dense, linear
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.types import Prompt
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbpo_jax.models.normalization import NormStats, normalize, unnormalize
+from mbpo_jax.nn.normalization import NormStats, normalize, unnormalize
 from mbpo_jax.policy import augment, critic, flow, inputs, lora, network
 from mbpo_jax.policy.config import FlowConfig, Pi0Config
 from mbpo_jax.policy.network import Prefix

@@ -16,7 +16,7 @@ from mbpo_jax.data.tokenizers import EmbeddedTokenizer, PaliGemmaTokenizer, Qwen
 from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.episode import Episode
 from mbpo_jax.mbpo import chunk_discount
-from mbpo_jax.models.normalization import BOUND, NormStats
+from mbpo_jax.nn.normalization import BOUND, NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.selection import best_of

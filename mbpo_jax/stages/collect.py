@@ -10,9 +10,9 @@ from tqdm import tqdm
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.spool import EpisodeSpool
-from mbpo_jax.envs.pool import EnvPool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.envs.suites import task_info
+from mbpo_jax.envs.workers.pool import EnvPool
 from mbpo_jax.episode import Episode
 from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.policy.pi0 import FlowPolicy

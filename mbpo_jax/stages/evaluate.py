@@ -7,10 +7,10 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from mbpo_jax.envs.pool import EnvPool
-from mbpo_jax.envs.recording import VIDEO_STRIDE
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.sim.recording import VIDEO_STRIDE
 from mbpo_jax.envs.suites import task_info
+from mbpo_jax.envs.workers.pool import EnvPool
 from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
 from mbpo_jax.stages.collect import batched_act, make_pool, progress
 from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval

@@ -12,7 +12,6 @@ import numpy as np
 
 from mbpo_jax.data.pipelines import Source, collate, transition_sequences, transitions
 from mbpo_jax.episode import Episode
-from mbpo_jax.stages import fidelity_report
 from mbpo_jax.stages.build import (
     Config,
     abstract_params,
@@ -48,9 +47,20 @@ class Contender:
     answer_params: Params
 
 
-def study_fidelity(workspace: Workspace, directory: Path) -> dict:
-    """Measures the trained world model and trains and measures `config.fidelity.ablations`; writes
-    `report.html`."""
+Strips = dict[
+    str, np.ndarray
+]  # camera -> uint8 [strips, n + 1, H, W, 3], a start and what followed
+
+
+def study_fidelity(workspace: Workspace, directory: Path) -> tuple[dict, Strips, dict[str, Strips]]:
+    """Measures the trained world model and trains and measures `config.fidelity.ablations`.
+
+    Returns:
+        the numbers, the film strips of the episodes, and those of every model.
+
+    Raises:
+        StageError: an ablation that is unknown or cannot be made of this config.
+    """
     config = workspace.config
     workspace.require("world_model")
     unknown = [name for name in config.fidelity.ablations if name not in ABLATIONS]
@@ -68,11 +78,7 @@ def study_fidelity(workspace: Workspace, directory: Path) -> dict:
     for name, contender in contenders.items():
         print(f"[fidelity] measuring {name}", flush=True)
         results[name], strips[name] = study.measure(contender)
-    summary = {"models": results, "real": study.real_numbers()}
-    page = directory / "report.html"
-    fidelity_report.write(page, config, summary, study.real_strips(), strips)
-    print(f"\n{fidelity_report.table(summary)}\nreport: {page}")
-    return summary
+    return {"models": results, "real": study.real_numbers()}, study.real_strips(), strips
 
 
 class Study:
@@ -108,8 +114,8 @@ class Study:
         )
         self.probes = gripper_probes(train, config.cameras)
 
-    def measure(self, contender: Contender) -> tuple[dict, dict[str, np.ndarray]]:
-        """All numbers of one contender, and its film strips (see `real_strips`)."""
+    def measure(self, contender: Contender) -> tuple[dict, Strips]:
+        """All numbers of one contender, and its film strips."""
         world, params = contender.world, contender.params
         imagined = metrics.imagine_chunk(world, params, self.transitions, self.key).images
         scores = metrics.fidelity(self.transitions, imagined)
@@ -146,8 +152,7 @@ class Study:
         distances = [np.linalg.norm(first - other, axis=-1).mean() for other in others]
         return float(100 * np.mean(distances)) if distances else 0.0
 
-    def real_strips(self) -> dict[str, np.ndarray]:
-        """Camera -> uint8 [strips, n + 1, H, W, 3], a start and what followed."""
+    def real_strips(self) -> Strips:
         return self._strips(self.run_images)
 
     def _strips(self, frames):

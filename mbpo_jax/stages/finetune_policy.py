@@ -9,7 +9,7 @@ import numpy as np
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.normalization import compute_norm_stats, widen, write_norm_stats
 from mbpo_jax.data.pipelines import batches, demonstrations
-from mbpo_jax.models.normalization import BOUND, NormStats
+from mbpo_jax.nn.normalization import BOUND, NormStats
 from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import (

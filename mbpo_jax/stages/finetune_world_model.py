@@ -22,7 +22,7 @@ from mbpo_jax.data.pipelines import (
     transitions,
 )
 from mbpo_jax.episode import Episode
-from mbpo_jax.models.normalization import BOUND
+from mbpo_jax.nn.normalization import BOUND
 from mbpo_jax.stages.build import (
     Config,
     build_world_model,

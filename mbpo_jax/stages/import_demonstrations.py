@@ -12,15 +12,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mbpo_jax.data.episodes import write_episodes
-from mbpo_jax.data.importers import summary
-from mbpo_jax.data.importers.recording import Entry, Facts, Layout, Names, convert, describe
+from mbpo_jax.data.formats import summary
+from mbpo_jax.data.formats.recording import Entry, Facts, Layout, Names, convert, describe
 from mbpo_jax.data.spool import EpisodeSpool
 from mbpo_jax.envs.suites import SUITES, task_info
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages.build import Config, observation_builder, robot
 from mbpo_jax.stages.workspace import StageError, Workspace
 
-FORMATS = ("libero_hdf5", "rlds", "lerobot")  # modules of mbpo_jax.data.importers
+FORMATS = ("libero_hdf5", "rlds", "lerobot")  # modules of mbpo_jax.data.formats
 CONTACT_SHEET = "contact_sheet.png"
 SHEET_EPISODES = 12
 
@@ -83,7 +83,7 @@ class Import:
                 rename is to nothing that there is.
         """
         try:
-            module = importlib.import_module(f"mbpo_jax.data.importers.{self.format}")
+            module = importlib.import_module(f"mbpo_jax.data.formats.{self.format}")
         except ModuleNotFoundError as error:
             raise StageError(
                 f"reading {self.format} needs the package {error.name}: pip install -e '.[import]'"

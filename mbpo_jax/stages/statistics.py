@@ -1,7 +1,6 @@
 """Honest numbers about success: intervals and paired tests."""
 
 import math
-from collections.abc import Mapping
 
 from scipy import stats
 
@@ -35,9 +34,3 @@ def mcnemar_exact(first_only: int, second_only: int) -> float:
     if discordant == 0:
         return 1.0
     return float(stats.binomtest(second_only, discordant, 0.5).pvalue)
-
-
-def f1_text(reward: Mapping) -> str:
-    """F1 and its interval, of the numbers of `metrics.classification` and `f1_interval`."""
-    low, high = reward["f1_interval"]
-    return f"{reward['f1']:.3f} ({low:.2f}–{high:.2f})"

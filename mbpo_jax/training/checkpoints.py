@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from mbpo_jax.models.stored_arrays import check_readable
+from mbpo_jax.nn.stored_arrays import check_readable
 from mbpo_jax.types import Params
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mbpo_jax.models import vae as vae_model
-from mbpo_jax.models.navit import NaViTConfig
-from mbpo_jax.models.vae import VAEConfig
+from mbpo_jax.nn import vae as vae_model
+from mbpo_jax.nn.navit import NaViTConfig
+from mbpo_jax.nn.vae import VAEConfig
 from mbpo_jax.types import Params
 from mbpo_jax.world_model import bagel
 from mbpo_jax.world_model.config import UMMConfig

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mbpo_jax.models.layers import dense
+from mbpo_jax.nn.layers import dense
 from mbpo_jax.types import Params
 
 # Fresh logits of (current, moved, new): nearly nothing is painted anew.

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from mbpo_jax.models.navit import NaViTConfig
-from mbpo_jax.models.qwen2_mot import MoTConfig
-from mbpo_jax.models.vae import VAEConfig
+from mbpo_jax.nn.navit import NaViTConfig
+from mbpo_jax.nn.qwen2_mot import MoTConfig
+from mbpo_jax.nn.vae import VAEConfig
 
 
 @dataclasses.dataclass(frozen=True)

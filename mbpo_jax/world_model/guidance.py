@@ -6,7 +6,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from mbpo_jax.models.qwen2_mot import Cache
+from mbpo_jax.nn.qwen2_mot import Cache
 from mbpo_jax.world_model.config import GuidanceConfig
 
 RENORMS = ("global", "channel", "text_channel")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbpo_jax.models.normalization import BOUND
+from mbpo_jax.nn.normalization import BOUND
 from mbpo_jax.types import Params, Transition
 from mbpo_jax.world_model.autoencoder import Autoencoder
 from mbpo_jax.world_model.config import UMMConfig

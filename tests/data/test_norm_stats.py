@@ -12,7 +12,7 @@ from mbpo_jax.data.normalization import (
     widen,
     write_norm_stats,
 )
-from mbpo_jax.models.normalization import BOUND, normalize, unnormalize
+from mbpo_jax.nn.normalization import BOUND, normalize, unnormalize
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "norm"
 

@@ -59,13 +59,13 @@ FAKE_WORKER = """
 def fake_workers(tmp_path, monkeypatch):
     program = tmp_path / "worker.py"
     program.write_text(textwrap.dedent(FAKE_WORKER))
-    monkeypatch.setattr("mbpo_jax.envs.workers.WORKER_COMMAND", (str(program),))
+    monkeypatch.setattr("mbpo_jax.envs.workers.local_workers.WORKER_COMMAND", (str(program),))
     monkeypatch.setattr("mbpo_jax.envs.suites.task_info", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
 def book_env():
-    from mbpo_jax.envs.libero import LiberoEnv
+    from mbpo_jax.envs.sim.libero import LiberoEnv
 
     env = LiberoEnv("libero_10", 5, image_size=64)
     yield env
@@ -74,7 +74,7 @@ def book_env():
 
 @pytest.fixture(scope="session")
 def lift_env():
-    from mbpo_jax.envs.two_arm_lift import TwoArmLiftEnv
+    from mbpo_jax.envs.sim.two_arm_lift import TwoArmLiftEnv
 
     env = TwoArmLiftEnv(image_size=32)
     yield env

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.pool import EnvPool, WorkerError
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.simulated_world import SimulatedWorld, can_repeat
+from mbpo_jax.envs.workers.pool import EnvPool, WorkerError
 from mbpo_jax.types import Observation, Prompt
 
 pytestmark = pytest.mark.libero

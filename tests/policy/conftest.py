@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from mbpo_jax.models.gemma import GemmaConfig
-from mbpo_jax.models.normalization import NormStats
-from mbpo_jax.models.siglip import SiglipConfig
+from mbpo_jax.nn.gemma import GemmaConfig
+from mbpo_jax.nn.normalization import NormStats
+from mbpo_jax.nn.siglip import SiglipConfig
 from mbpo_jax.policy.config import CriticConfig, FlowConfig, Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.types import Observation, Prompt

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.parity_suites.pi05 import fixture_config, nest
 from mbpo_jax.policy import lora
 from mbpo_jax.policy.checkpoint import load_openpi, save_openpi
 from mbpo_jax.policy.config import FlowConfig, LoraConfig
-from mbpo_jax.policy.parity import fixture_config, nest
 
 from .conftest import TINY, make_policy
 

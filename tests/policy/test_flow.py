@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from mbpo_jax.models.layers import dense, linear
+from mbpo_jax.nn.layers import dense, linear
 from mbpo_jax.policy import flow
 from mbpo_jax.policy.config import FlowConfig
 

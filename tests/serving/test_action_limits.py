@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 import configs
 from mbpo_jax.data.pipelines import collate
 from mbpo_jax.embodiment import Embodiment
-from mbpo_jax.models.normalization import NormStats
+from mbpo_jax.nn.normalization import NormStats
 from mbpo_jax.serving.inference import ServedPolicy
 from mbpo_jax.serving.protocol import pack, unpack
 from mbpo_jax.serving.server import serving_in_thread

@@ -14,8 +14,8 @@ import pytest
 import websockets
 from websockets.sync.client import connect
 
-from mbpo_jax.envs.libero import task_info
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.sim.libero import task_info
 from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.serving.inference import load
 from mbpo_jax.serving.protocol import pack, unpack

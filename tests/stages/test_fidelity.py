@@ -8,8 +8,8 @@ import pytest
 
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.episode import Episode
+from mbpo_jax.reporting.fidelity_report import report_fidelity
 from mbpo_jax.stages.build import build_world_model
-from mbpo_jax.stages.fidelity import study_fidelity
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from tests.test_pipeline import tiny_config
@@ -60,7 +60,7 @@ def workspace(directory, **fidelity) -> Workspace:
 def test_the_study_measures_every_model(tmp_path, capsys):
     made = workspace(tmp_path, ablations=("frame_by_frame",))
     directory = made.begin("fidelity", ["fidelity"])
-    summary = study_fidelity(made, directory)
+    summary = report_fidelity(made, directory)
 
     assert list(summary["models"]) == ["UMM-World", "frame by frame"]
     json.dumps(summary)
@@ -83,4 +83,4 @@ def test_the_study_measures_every_model(tmp_path, capsys):
 def test_an_unknown_ablation_is_named(tmp_path):
     made = workspace(tmp_path, ablations=("no_arms",))
     with pytest.raises(StageError, match=r"no_arms.*frame_by_frame"):
-        study_fidelity(made, tmp_path)
+        report_fidelity(made, tmp_path)

@@ -6,7 +6,7 @@ import pytest
 
 from mbpo_jax.data.episodes import read_episodes, write_episodes
 from mbpo_jax.data.normalization import compute_norm_stats, read_norm_stats
-from mbpo_jax.models.normalization import BOUND, normalize
+from mbpo_jax.nn.normalization import BOUND, normalize
 from mbpo_jax.stages.build import build_policy
 from mbpo_jax.stages.finetune_policy import finetune_policy
 from mbpo_jax.stages.workspace import StageError

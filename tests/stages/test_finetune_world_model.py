@@ -4,7 +4,7 @@ import types
 
 import numpy as np
 
-from mbpo_jax.models.normalization import BOUND
+from mbpo_jax.nn.normalization import BOUND
 from mbpo_jax.stages.finetune_world_model import count_clipped
 from mbpo_jax.world_model.statistics import widen_proprio
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mbpo_jax.models.navit import NaViTConfig
-from mbpo_jax.models.qwen2_mot import MoTConfig
-from mbpo_jax.models.vae import VAEConfig
+from mbpo_jax.nn.navit import NaViTConfig
+from mbpo_jax.nn.qwen2_mot import MoTConfig
+from mbpo_jax.nn.vae import VAEConfig
 from mbpo_jax.types import Observation, Prompt, Transition
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.metrics import judge, predictor

@@ -1,8 +1,8 @@
 import jax
 import numpy as np
 
+from mbpo_jax import toy
 from mbpo_jax.world_model.frame_by_frame import FrameByFrame
-from tests import toy
 
 
 def test_the_parts_of_a_chunk_are_imagined_one_after_the_other():

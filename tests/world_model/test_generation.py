@@ -3,7 +3,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from mbpo_jax.models.qwen2_mot import Cache
+from mbpo_jax.nn.qwen2_mot import Cache
 from mbpo_jax.world_model import generation
 from mbpo_jax.world_model.config import GuidanceConfig
 from mbpo_jax.world_model.guidance import Contexts

@@ -1,4 +1,4 @@
-"""Guidance arithmetic by hand (golden values: test_parity)."""
+"""Guidance arithmetic by hand (golden values: test_bagel)."""
 
 import dataclasses
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mbpo_jax.models.vae import VAEConfig
+from mbpo_jax.nn.vae import VAEConfig
 from mbpo_jax.types import RewardExample, Transition
 from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.autoencoder import to_uint8

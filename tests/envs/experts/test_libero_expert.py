@@ -1,0 +1,87 @@
+"""LIBERO's scripted expert on the default task."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mbpo_jax.envs.experts.libero_expert import check_supported
+from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.sim.rollout import run_expert
+from mbpo_jax.envs.suites import expert_actions
+
+pytestmark = pytest.mark.libero
+
+
+def run(env, *arguments, **changes):
+    return run_expert(env, EpisodeRequest(*arguments, **changes), expert_actions)
+
+
+@pytest.fixture(scope="module")
+def clean(book_env):
+    return run(book_env, 5, seed=2).episode
+
+
+def test_it_puts_the_book_into_the_caddy(clean):
+    assert clean.success
+    assert clean.goal_fraction == 1.0
+    assert clean.length < 100
+    assert clean.source == "expert"
+    assert (clean.seed, clean.init_state_id) == (2, -1)
+
+
+def test_frames_are_strided_and_the_last_five_are_there(clean):
+    steps, length = clean.timesteps, clean.length
+    assert list(steps[-5:]) == list(range(length - 4, length + 1))
+    assert set(np.diff(steps[:-5])) <= {5}
+    np.testing.assert_array_equal(clean.num_actions, np.minimum(10, length - steps))
+    for frames in clean.images.values():
+        assert frames.shape == (len(steps), 64, 64, 3)
+        assert frames.reshape(len(steps), -1).std(axis=1).min() > 20
+    assert clean.proprio.shape == (len(steps), 8)
+
+
+def test_without_jitter_the_labels_are_what_was_sent(clean):
+    np.testing.assert_array_equal(clean.actions, clean.target_actions)
+
+
+def test_jitter_is_on_the_sent_actions_of_the_arm_only(book_env):
+    noisy = run(book_env, 5, seed=2, action_noise=(0.2,)).episode
+    assert noisy.success
+    difference = noisy.actions - noisy.target_actions
+    assert 0.05 < difference[..., :6].std() < 0.25
+    np.testing.assert_array_equal(difference[..., 6], 0)
+    assert np.abs(noisy.actions).max() <= 1
+    assert np.abs(noisy.target_actions).max() <= 1
+
+
+def test_a_repeat_is_equal_bit_for_bit_whatever_came_between(book_env, clean):
+    run(book_env, 5, seed=9, max_steps=40)
+    again = run(book_env, 5, seed=2).episode
+    for field in dataclasses.fields(clean):
+        before, after = getattr(clean, field.name), getattr(again, field.name)
+        if isinstance(before, dict):
+            for camera in before:
+                np.testing.assert_array_equal(before[camera], after[camera])
+        else:
+            np.testing.assert_array_equal(before, after)
+
+
+def test_a_failure_has_no_frames(book_env):
+    result = run(book_env, 5, seed=2, max_steps=20)
+    episode = result.episode
+    assert not episode.success
+    assert episode.length == 20
+    assert episode.images["agentview"].shape == (0, 64, 64, 3)
+    assert episode.actions.shape == (0, 10, 7)
+
+
+def test_an_unknown_goal_is_refused(book_env, monkeypatch):
+    monkeypatch.setattr(book_env, "goals", [("close", "microwave_1")])
+    with pytest.raises(ValueError, match="cannot achieve 'close microwave_1'"):
+        check_supported(book_env)
+
+
+def test_a_stride_that_does_not_divide_the_chunk_is_refused(book_env):
+    with pytest.raises(ValueError, match="must divide the chunk"):
+        run(book_env, 5, seed=2, render_every=3)

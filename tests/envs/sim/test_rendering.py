@@ -1,0 +1,133 @@
+"""The choice of an OpenGL, and leaving out what a camera cannot see."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mbpo_jax.envs.sim import rendering
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", rendering.DEVICE, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")  # so that what the test sets is undone
+    return monkeypatch
+
+
+def test_egl_is_preferred_and_osmesa_is_the_fallback(clean_environment):
+    works = {"egl": lambda: True, "osmesa": lambda: True}
+    clean_environment.setattr(rendering, "BACKENDS", works)
+    assert rendering.select_backend() == "egl"
+    os.environ["MUJOCO_GL"] = ""
+    works["egl"] = lambda: False
+    assert rendering.select_backend() == "osmesa"
+    assert os.environ["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == "osmesa"
+
+
+def test_a_backend_that_is_asked_for_is_tried_alone(clean_environment):
+    works = {"egl": lambda: True, "osmesa": lambda: False}
+    clean_environment.setattr(rendering, "BACKENDS", works)
+    os.environ["MUJOCO_GL"] = "osmesa"
+    with pytest.raises(RuntimeError, match="MUJOCO_GL=osmesa asks for it"):
+        rendering.select_backend()
+
+
+def with_devices(environment, *works):
+    """As if EGL had devices that work or not; `works` is called in the order of the numbers."""
+    devices = [lambda answer=answer: answer for answer in works]
+    environment.setattr(rendering, "egl_devices", lambda: devices)
+
+
+@pytest.mark.parametrize(
+    ("visible", "works", "device"),
+    [
+        ("", (True,), "0"),
+        ("-1", (True,), "0"),
+        ("3", (True,), "0"),
+        ("GPU-8f5d7b2e-0000-1111-2222-333344445555", (False, True), "1"),
+        ("MIG-GPU-8f5d7b2e/1/0", (True,), "0"),
+        ("NoDevFiles", (True,), "0"),
+        ("1", (True, True), "1"),
+        (" 2 , 0", (True, True, True), "2"),
+        ("2,0", (True, True), "0"),
+        ("1", (True, False), "0"),
+    ],
+)
+def test_every_form_of_cuda_visible_devices_renders(clean_environment, visible, works, device):
+    with_devices(clean_environment, *works)
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    assert rendering.select_backend() == "egl"
+    assert os.environ[rendering.DEVICE] == device
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+@pytest.mark.parametrize("asked", ["2", "1", "-1", "gpu", "0,1", "GPU-8f5d7b2e", "0.0"])
+def test_an_egl_device_that_is_not_there_is_named(clean_environment, asked):
+    with_devices(clean_environment, True, False)
+    os.environ.update({rendering.DEVICE: asked, "CUDA_VISIBLE_DEVICES": "0,1"})
+    with pytest.raises(RuntimeError, match=f"MUJOCO_EGL_DEVICE_ID={asked} .* are 2,"):
+        rendering.select_backend()
+
+
+def test_an_egl_device_that_is_there_is_taken(clean_environment):
+    with_devices(clean_environment, True, True, True)
+    os.environ.update({rendering.DEVICE: " 2", "CUDA_VISIBLE_DEVICES": "0,1"})
+    assert rendering.select_backend() == "egl"
+    assert os.environ[rendering.DEVICE] == "2"
+
+
+def test_without_egl_its_variables_do_not_matter(clean_environment):
+    with_devices(clean_environment)
+    clean_environment.setitem(rendering.BACKENDS, "osmesa", lambda: True)
+    os.environ.update({rendering.DEVICE: "7", "CUDA_VISIBLE_DEVICES": "GPU-1"})
+    assert rendering.select_backend() == "osmesa"
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("visible", ["", "GPU-8f5d7b2e-0000-1111-2222-333344445555", "77"])
+def test_the_simulators_renderer_takes_the_device_that_was_found(visible):
+    program = (
+        "from mbpo_jax.envs.sim import simulator; simulator.prepare_robosuite();"
+        "from robosuite.utils.binding_utils import GLContext; GLContext(8, 8, device_id=-1);"
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    environment.pop(rendering.DEVICE, None)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == visible
+
+
+def test_no_opengl_names_the_packages(clean_environment):
+    def missing(*_args, **_keywords):
+        raise OSError("cannot open shared object file")
+
+    clean_environment.setattr(rendering.ctypes, "CDLL", missing)
+    with pytest.raises(RuntimeError, match=r"libegl1 libegl-mesa0 libgl1-mesa-dri.*libosmesa6"):
+        rendering.select_backend()
+
+
+@pytest.mark.libero
+def test_culling_leaves_out_much_and_changes_no_pixel(book_env):
+    book_env.reset(seed=0)
+    state = book_env.state()
+    culled = book_env.render_state(state)
+    culling = book_env._culling
+    hidden = [
+        1 - culling.visible(book_env.simulation.sim.model.camera_name2id(camera)).mean()
+        for camera in book_env.cameras
+    ]
+    assert min(hidden) > 0.05
+    culling._enabled = False
+    book_env.model.geom_group[:] = culling._groups
+    try:
+        whole = book_env.render_state(state)
+    finally:
+        culling._enabled = True
+    for camera in book_env.cameras:
+        np.testing.assert_array_equal(culled[camera], whole[camera])
