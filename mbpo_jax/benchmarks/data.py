@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mbpo_jax import seeds
 from mbpo_jax.benchmarks.imagination import INSTRUCTION, PROPRIO, models
 from mbpo_jax.benchmarks.timing import Run, interleave, measured
 from mbpo_jax.benchmarks.training import training_run
@@ -33,7 +34,7 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
     policy, world, params, world_params = models(config)
     builder = observation_builder(config)
     source = demonstrations(episodes, builder)
-    sft = batches(source, config.sft.batch_size, config.seed)
+    sft = batches(source, config.sft.batch_size, seeds.stream(config.seed, "sft_batches"))
 
     def sft_loss(actor, frozen, batch, key):
         return policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)

@@ -12,6 +12,7 @@ from mbpo_jax.data.pipelines import batches, demonstrations
 from mbpo_jax.models.normalization import BOUND, NormStats
 from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
     build_policy,
@@ -53,7 +54,7 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
             print(f"[sft] normalisation widened to keep values within ±{BOUND:g}: {line}")
     policy = build_policy(config, stats)
     mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
-    key = jax.random.key(config.seed)
+    key = jax.random.key(stream(config.seed, "policy_init"))
     shardings = parameter_sharding(jax.eval_shape(policy.init, key), mesh, rules)
     params = jax.jit(policy.init, out_shardings=shardings)(key)
     if config.pretrained.policy:
@@ -62,15 +63,16 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     section = config.sft.to_dict()
     del section["rollouts"]
     batch_size = section.pop("batch_size")
+    batch_seed = stream(config.seed, "sft_batches")
     actor = fit(
         flow_matching_loss(policy),
         params["actor"],
         {},
-        lambda first: batches(source, batch_size, config.seed, start_step=first),
+        lambda first: batches(source, batch_size, batch_seed, start_step=first),
         directory=directory,
         mesh=mesh,
         rules=rules,
-        seed=config.seed,
+        seed=stream(config.seed, "sft"),
         name="policy fine-tuning",
         keep=config.checkpoints.keep,
         origin=checkpoint_origin(
