@@ -12,6 +12,7 @@ import numpy as np
 from experiments.benchmarks.imagination import INSTRUCTION, PROPRIO, models
 from experiments.benchmarks.timing import Run, interleave, measured
 from experiments.benchmarks.training import training_run
+from mbpo_jax import seeds
 from mbpo_jax.data.episodes import read_episodes, write_episodes
 from mbpo_jax.data.pipelines import batches, demonstrations, transitions
 from mbpo_jax.episode import Episode
@@ -33,7 +34,7 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
     policy, world, params, world_params = models(config)
     builder = observation_builder(config)
     source = demonstrations(episodes, builder)
-    sft = batches(source, config.sft.batch_size, config.seed)
+    sft = batches(source, config.sft.batch_size, seeds.stream(config.seed, "sft_batches"))
 
     def sft_loss(actor, frozen, batch, key):
         return policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)

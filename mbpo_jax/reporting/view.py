@@ -16,6 +16,7 @@ from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import collate, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.mbpo import imagine
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     abstract_params,
     build_world_model,
@@ -70,7 +71,8 @@ def episode_clip(workspace: Workspace, stage: str, number: int) -> Clip:
         source = transitions([episode], builder, config.chunk)
         if len(source):
             chosen = collate(list(source))
-            imagined = metrics.imagine_chunk(world, params, chosen, jax.random.key(config.seed))
+            key = jax.random.key(stream(config.seed, "view"))
+            imagined = metrics.imagine_chunk(world, params, chosen, key)
             reached = source.index[:, 2].tolist()
             for camera in config.cameras:
                 views[camera]["imagined"] = _at(count, reached, imagined.images[camera])
@@ -130,7 +132,7 @@ def branch_clip(workspace: Workspace, stage: str, number: int, step: int, chunks
         return branch, moments, metrics.judge(world)(world_params, moments)
 
     branch, moments, probability = jax.device_get(
-        run(params, world_params, start, jax.random.key(config.seed))
+        run(params, world_params, start, jax.random.key(stream(config.seed, "view")))
     )
     times = [step + i * config.chunk for i in range(chunks + 1)]
     views = {

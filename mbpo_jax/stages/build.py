@@ -19,6 +19,7 @@ from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.nn.normalization import BOUND, NormStats
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.seeds import stream
 from mbpo_jax.selection import best_of
 from mbpo_jax.stages.workspace import StageError, Workspace, config_entries
 from mbpo_jax.training.checkpoints import load_params
@@ -149,10 +150,10 @@ def acting_program(act: Act, seed: int) -> Callable[[Params, Observation, Array]
     """Jitted `(params, observations, identities) -> actions [B, k, A]` of an acting function, such
     as `FlowPolicy.act`.
 
-    A chunk's noise depends on `seed` and on its row of `identities` int [B, 2], (episode, chunk),
-    alone, so that an episode comes out the same however requests are batched.
+    A chunk's noise depends on the run's `seed` and on its row of `identities` int [B, 2], (episode,
+    chunk), alone, so that an episode comes out the same however requests are batched.
     """
-    base_key = jax.random.key(seed)
+    base_key = jax.random.key(stream(seed, "acting"))
 
     @jax.jit
     def act_on_all(params, observations, identities):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mbpo_jax import seeds
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.spool import EpisodeSpool
@@ -21,7 +22,6 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.types import Array, Observation, Params
 
 MAX_ATTEMPTS_PER_DEMONSTRATION = 4
-ROLLOUT_SEED_OFFSET = 50_000  # demonstrations and rollouts never share a random reset
 
 
 def collect_demonstrations(workspace: Workspace, directory: Path) -> dict:
@@ -82,7 +82,7 @@ def _demonstrate_task(config: Config, pool: EnvPool, spool: EpisodeSpool, task: 
 def _demonstration(config: Config, task: int, number: int) -> EpisodeRequest:
     return EpisodeRequest(
         task_id=task,
-        seed=_reset_seed(config, number),
+        seed=seeds.reset(config.seed, "demonstrations", number),
         max_steps=config.max_steps,
         action_noise=tuple(config.demonstrations.action_noise),
         render_every=config.demonstrations.render_every,
@@ -116,7 +116,7 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
     requests = [
         EpisodeRequest(
             task_id=task,
-            seed=_reset_seed(config, ROLLOUT_SEED_OFFSET + i),
+            seed=seeds.reset(config.seed, "rollouts", i),
             max_steps=config.max_steps,
             render_every=config.rollouts.render_every,
         )
@@ -196,10 +196,6 @@ def progress(results: Iterable[EpisodeResult], name: str, total: int) -> Iterabl
             bar.update()
             bar.set_postfix(success=f"{successes}/{bar.n}")
             yield result
-
-
-def _reset_seed(config: Config, number: int) -> int:
-    return config.seed * 1_000_000 + number
 
 
 def _episode_number(request: EpisodeRequest) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
+from mbpo_jax import seeds
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.sim.recording import VIDEO_STRIDE
 from mbpo_jax.envs.suites import task_info
@@ -17,8 +18,6 @@ from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.metrics import continue_records, read_metrics
 from mbpo_jax.types import Params
-
-RESET_SEED = 900_000  # of the first random reset that policies are evaluated from
 
 
 def evaluate(workspace: Workspace, directory: Path) -> dict:
@@ -80,7 +79,7 @@ def reset_requests(config: Config, per_task: int) -> list[EpisodeRequest]:
     return [
         EpisodeRequest(
             task_id=task,
-            seed=RESET_SEED + i,
+            seed=seeds.reset(config.seed, "evaluation", i),
             max_steps=config.max_steps,
             render_every=config.chunk,
             success_frames=1,

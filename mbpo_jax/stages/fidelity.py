@@ -12,6 +12,7 @@ import numpy as np
 
 from mbpo_jax.data.pipelines import Source, collate, transition_sequences, transitions
 from mbpo_jax.episode import Episode
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
     abstract_params,
@@ -95,7 +96,7 @@ class Study:
         self.config, self.world, self.params = config, world, params
         self.train, self.held_out = train, held_out
         self.builder = observation_builder(config)
-        self.key = jax.random.key(config.seed + 6)
+        self.key = jax.random.key(stream(config.seed, "fidelity_study"))
         source = transitions(held_out, self.builder, config.chunk)
         sequences = transition_sequences(
             held_out, self.builder, config.chunk, config.world_model.horizon
@@ -195,7 +196,7 @@ def _collated(source: Source, wanted: int) -> Transition:
 
 
 def _fresh(study: Study, world: UMMWorld) -> Params:
-    params = world.init(jax.random.key(study.config.seed))
+    params = world.init(jax.random.key(stream(study.config.seed, "world_model_init")))
     return params | {k: study.params[k] for k in ("vae", "statistics") if k in study.params}
 
 

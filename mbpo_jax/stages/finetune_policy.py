@@ -12,6 +12,7 @@ from mbpo_jax.data.pipelines import batches, demonstrations
 from mbpo_jax.nn.normalization import BOUND, NormStats
 from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
     build_policy,
@@ -54,7 +55,7 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
             print(f"[sft] normalisation widened to keep values within ±{BOUND:g}: {line}")
     policy = build_policy(config, stats)
     mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
-    key = jax.random.key(config.seed)
+    key = jax.random.key(stream(config.seed, "policy_init"))
     shardings = parameter_sharding(jax.eval_shape(policy.init, key), mesh, rules)
     params = jax.jit(policy.init, out_shardings=shardings)(key)
     if config.pretrained.policy:
@@ -63,13 +64,14 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     origin = checkpoint_origin(
         config, ["policy", "sft"], {name: vars(x) for name, x in stats.items()}
     )
+    batch_seed = stream(config.seed, "sft_batches")
     actor = fit(
         flow_matching_loss(policy),
         params["actor"],
         {},
-        lambda first: batches(source, config.sft.batch_size, config.seed, start_step=first),
+        lambda first: batches(source, config.sft.batch_size, batch_seed, start_step=first),
         Training.of(config.sft),
-        Run.of(config, "policy fine-tuning", directory, config.seed, origin),
+        Run.of(config, "policy fine-tuning", directory, stream(config.seed, "sft"), origin),
         policy.trainable(params)["actor"],
     )
     save_params(directory / "policy", {"actor": actor, "critic": params["critic"]})

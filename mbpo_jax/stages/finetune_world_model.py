@@ -23,6 +23,7 @@ from mbpo_jax.data.pipelines import (
 )
 from mbpo_jax.episode import Episode
 from mbpo_jax.nn.normalization import BOUND
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
     build_world_model,
@@ -60,6 +61,7 @@ def world_model_episodes(workspace: Workspace) -> tuple[list[Episode], list[Epis
     train, held_out = [], []
     for stage in ("demonstrations", "rollouts"):
         episodes = read_episodes(workspace.directory(stage) / "dataset")
+        # Not a stream: what an earlier run held out must stay held out.
         kept, held = split_episodes(episodes, config.world_model.holdout_fraction, config.seed)
         train += kept
         held_out += held
@@ -137,8 +139,9 @@ def count_clipped(episodes: list[Episode], limits: Sequence[tuple[float, float]]
 
 def _initial_params(config: Config, world: UMMWorld) -> Params:
     """BAGEL's checkpoint where the config names one, else fresh parameters."""
+    key = jax.random.key(stream(config.seed, "world_model_init"))
     if not config.pretrained.world_model:
-        return world.init(jax.random.key(config.seed))
+        return world.init(key)
     mesh, rules = make_mesh(config.parallel.fsdp), config.parallel.rules
     sizes, params = load_bagel(
         config.pretrained.world_model,
@@ -151,7 +154,7 @@ def _initial_params(config: Config, world: UMMWorld) -> Params:
             f"world_model.model: {sizes} there, {world.config} in the config"
         )
     # What a released model does not have starts fresh.
-    fresh = bagel.init_adapters(world.config, world.action_dim, jax.random.key(config.seed))
+    fresh = bagel.init_adapters(world.config, world.action_dim, key)
     return {
         **params,
         "adapters": {**fresh, **params["adapters"]},
@@ -164,12 +167,12 @@ def _train_vae(
 ) -> Params:
     frames = np.concatenate([e.images[c] for e in episodes for c in config.cameras])
     section = config.world_model.vae_training
-    batch_size = section.batch_size
+    batch_size, seed = section.batch_size, stream(config.seed, "autoencoder_batches")
 
     def image_batches(first: int) -> Iterator[np.ndarray]:
         step = first
         while True:
-            rng = np.random.default_rng((config.seed, step))
+            rng = np.random.default_rng((seed, step))
             yield frames[rng.integers(len(frames), size=batch_size)[process_rows(batch_size)]]
             step += 1
 
@@ -183,7 +186,7 @@ def _train_vae(
             config,
             "image autoencoder",
             directory,
-            config.seed + 1,
+            stream(config.seed, "autoencoder"),
             checkpoint_origin(config, ["world_model"], {}),
         ),
     )
@@ -211,7 +214,7 @@ def train_dynamics(
             config,
             "world model",
             directory,
-            config.seed + 2,
+            stream(config.seed, "dynamics"),
             checkpoint_origin(config, ["world_model"], params["statistics"]),
         ),
     )
@@ -231,11 +234,16 @@ def joint_batches(
     yes_share = section.reward_yes_fraction
 
     def mixed_batches(first: int):
-        dynamics = batches(sources, section.dynamics_batch_size, config.seed, start_step=first)
+        dynamics = batches(
+            sources,
+            section.dynamics_batch_size,
+            stream(config.seed, "dynamics_batches"),
+            start_step=first,
+        )
         reward = batches(
             (no, yes),
             section.reward_batch_size,
-            config.seed + 1,
+            stream(config.seed, "reward_batches"),
             start_step=first,
             weights=(1.0 - yes_share, yes_share),
         )
@@ -312,7 +320,7 @@ def measure_fidelity(
         )
     chosen = collate([source[i] for i in spread(len(source), FIDELITY_TRANSITIONS)])
     judged = answers(world, params, episodes, builder)
-    key = jax.random.key(config.seed + 3)
+    key = jax.random.key(stream(config.seed, "fidelity"))
     imagined = metrics.imagine_chunk(world, params, chosen, key)
     report = {
         "held_out_transitions": len(source),

@@ -18,6 +18,7 @@ from mbpo_jax.episode import Episode
 from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.policy import critic
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
     abstract_params,
@@ -70,7 +71,7 @@ def fit_value(workspace: Workspace, directory: Path) -> dict:
         params["critic"],
         jnp.asarray(features),
         jnp.asarray(returns),
-        jax.random.fold_in(jax.random.key(config.seed), 8),
+        jax.random.key(stream(config.seed, "value")),
         steps=config.value.steps,
     )
     save_params(directory / "critic", fitted)
@@ -145,7 +146,7 @@ def value_table(
     source = source.where(np.asarray(goes_on, bool))
     if len(source):
         followed = collate([source[i] for i in range(len(source))])
-        key = jax.random.key(config.seed)
+        key = jax.random.key(stream(config.seed, "value_imagination"))
         imagined = metrics.imagine_chunk(world, world_params, followed, key)
         tables["imagined"] = all_features(imagined), returns(source.index[:, [0, 2]])
     return tables

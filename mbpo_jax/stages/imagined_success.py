@@ -10,6 +10,7 @@ import numpy as np
 
 from mbpo_jax.data.pipelines import branch_starts, collate
 from mbpo_jax.mbpo import imagine
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     abstract_params,
     build_world_model,
@@ -68,7 +69,7 @@ def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
         for i in range(0, START_STATES, config.rl.imagination_batch):
             rows = np.arange(i, min(i + config.rl.imagination_batch, START_STATES))
             start = collate([states[j] for j in wanted[rows]])
-            keys = branch_keys(jax.random.key(config.seed + 7), rows)
+            keys = branch_keys(jax.random.key(stream(config.seed, "imagined_success")), rows)
             parts.append(np.asarray(success(params, world_params, start, keys)))
         succeeded[name] = np.concatenate(parts)
     sft, improved = succeeded["sft"], succeeded["improved"]

@@ -23,6 +23,7 @@ from mbpo_jax.data.pipelines import (
 from mbpo_jax.envs.simulated_world import SimulatedWorld
 from mbpo_jax.episode import Episode
 from mbpo_jax.mbpo import MBPO, Settings
+from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
     abstract_params,
@@ -182,14 +183,14 @@ def optimize_policy(
     )
     world_params = jax.device_put(world_params, at_rest)
     refill, revalue, agreement, update = programs(config, mbpo, world, run.mesh, shardings)
-    key = jax.random.key(config.seed + 4)
+    key = jax.random.key(stream(config.seed, "improve"))
     starts = _precomputed(config, world, world_params, starts, run.mesh)
 
     def starts_at(i: int):
         drawn = batches(
             starts,
             rl.start_states // rl.group_size,
-            config.seed + 5,
+            stream(config.seed, "improve_starts"),
             start_step=i // rl.updates_per_refill,
         )
         groups = jax.tree.map(lambda x: np.repeat(x, rl.group_size, axis=0), next(drawn))
@@ -198,7 +199,8 @@ def optimize_policy(
     def anchors_at(i: int):
         if not rl.anchor_weight:
             return None
-        drawn = batches(demonstrated, rl.anchor_batch, config.seed + 9, start_step=i)
+        seed = stream(config.seed, "improve_anchors")
+        drawn = batches(demonstrated, rl.anchor_batch, seed, start_step=i)
         return shard_batch(next(drawn), run.mesh)
 
     def prepare(i: int, carry):
@@ -262,7 +264,7 @@ def _precomputed(
     found = []
     for i, rows in enumerate(tqdm(parts, desc="encoding start states")):
         batch = collate([starts[row] for row in rows[process_rows(size)]])
-        key = jax.random.fold_in(jax.random.key(config.seed + 6), i)
+        key = jax.random.fold_in(jax.random.key(stream(config.seed, "improve_encoding")), i)
         found.append(jax.device_get(precompute(world_params, shard_batch(batch, mesh), key)))
     everything = jax.tree.map(lambda *x: np.concatenate(x), *found)
 
