@@ -9,7 +9,8 @@ Variants, chosen as `--config=configs/libero_long.py:NAME`:
             --config.pretrained.world_model=DIR` and the two tokenisers).
 
 The default command is `python -m experiments.libero_long`, which runs `micro`. Names and defaults
-of the `rl` section are the paper's (arXiv 2603.20607); what a variant changes is below it.
+of the `rl` section are the paper's (arXiv 2603.20607; the algorithm's are described in
+`mbpo_jax.mbpo.Settings`); what a variant changes is below it.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from difflib import get_close_matches
 import ml_collections
 
 from configs.libero_panda import ROBOT
+from mbpo_jax import mbpo
 from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.policy import config as policy_config
 from mbpo_jax.world_model import config as world_config
@@ -154,37 +156,19 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.value = ml_collections.ConfigDict()
     c.value.steps = 0  # of fitting the critic to recorded returns before the first update
 
-    c.rl = ml_collections.ConfigDict()
+    c.rl = ml_collections.ConfigDict(dataclasses.asdict(mbpo.Settings()))  # described there
+    c.rl.critic_warmup = 50 if suite == "libero_10" else 10
+    c.rl.flow = ml_collections.ConfigDict(flow)
     c.rl.world = "world_model"  # or "simulator": what an exact model would give
-    c.rl.branch_chunks = 2  # n
     c.rl.start_states_from = "dataset"  # or "episode_start", for full-horizon imagination
     c.rl.start_states = 1280 if suite == "libero_10" else 512  # M branches per refill
-    c.rl.group_size = 1  # branches from one start state, compared with each other (leave-one-out)
     c.rl.imagination_batch = 64  # start states imagined at a time
-    c.rl.flow = ml_collections.ConfigDict(flow)
-    c.rl.discount = 0.99  # γ
-    c.rl.discount_per = "paper"  # γ per step (γ^k per chunk), or "reference": γ per chunk
-    c.rl.exchange_advantages = False  # a control: each group has its neighbour's
-    c.rl.gae_lambda = 0.95
-    c.rl.normalize_advantages = True
-    c.rl.reward_threshold = 0.5  # P(Yes) from which a task is done; 0: it is the reward
+    c.rl.minibatch_size = 512  # chunks of an update
     c.rl.updates = 301
     c.rl.updates_per_refill = 50 if suite == "libero_10" else 20
     c.rl.value_recompute_every = 10
     c.rl.checkpoint_every = 50  # updates, at least; checkpoints are made where branches are fresh
-    c.rl.critic_warmup = 50 if suite == "libero_10" else 10
-    c.rl.minibatch_size = 512
-    c.rl.gradient_accumulation = 4
-    c.rl.actor_lr = 5e-6
-    c.rl.critic_lr = 1e-4
-    c.rl.weight_decay = 1e-4
-    c.rl.grad_clip = 1.0
-    c.rl.clip_ratio = 0.1
-    c.rl.dual_clip = 0.0  # above 1: ratio beyond which a bad chunk no longer counts more
-    c.rl.value_clip = 0.5
-    c.rl.huber_delta = 10.0
-    c.rl.anchor_weight = 0.0  # of the flow-matching loss on demonstrations, in every update
-    c.rl.anchor_batch = 32  # demonstrations in it
+    c.rl.anchor_batch = 32  # demonstrations in the anchor's loss
 
     c.fidelity = ml_collections.ConfigDict()
     # Models that lack a part, trained and measured beside the world model; there are also
