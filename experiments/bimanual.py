@@ -2,8 +2,6 @@
 
     python -m experiments.bimanual
     python -m experiments.bimanual --config=configs/bimanual.py:small --workdir=DIR
-
-See `python -m experiments.libero_long --help` for what the flags mean.
 """
 
 from experiments.libero_long import run_suite

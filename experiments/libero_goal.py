@@ -2,8 +2,6 @@
 
     python -m experiments.libero_goal
     python -m experiments.libero_goal --config=configs/libero_goal.py:paper --workdir=DIR
-
-See `python -m experiments.libero_long --help` for what the flags mean.
 """
 
 from experiments.libero_long import run_suite

@@ -6,7 +6,7 @@ evaluation in the simulator, report.
     python -m experiments.libero_long
     python -m experiments.libero_long --config=configs/libero_long.py:small --workdir=DIR
     python -m experiments.libero_long --config.rl.branch_chunks=1 --workdir=DIR
-    python -m experiments.libero_long --stages=sft,evaluate
+    python -m experiments.libero_long --stages=demonstrations,sft
 
 Started again in the same working directory, a run continues where it stopped; finished stages are
 skipped. The variant `micro` (the default) takes about an hour on two CPU cores.
@@ -39,14 +39,18 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
             "stages",
             list(default_stages),
             "comma-separated stages to run: demonstrations, sft, rollouts, world_model, fidelity, "
-            "improve, evaluate, report; without a list all but fidelity. A robot without a "
-            "simulator has imagine instead of evaluate, and no fidelity",
+            "value, selection, improve, evaluate, report; without a list all but fidelity and "
+            "selection. A robot without a simulator has imagine instead of evaluate, and neither "
+            "fidelity nor selection",
         )
         coordinator = flags.DEFINE_string(
             "coordinator", None, "HOST:PORT of process 0 of several; by default from the cluster"
         )
         processes = flags.DEFINE_integer("processes", None, "how many processes there are")
         process = flags.DEFINE_integer("process", None, "index of this process")
+        for flag in (config_flag, workdir, stages, coordinator, processes, process):
+            # So that --help of every suite shows them, not only that of this module.
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
 
     def main(argv):
         if len(argv) > 1:

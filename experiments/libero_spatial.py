@@ -2,8 +2,6 @@
 
     python -m experiments.libero_spatial
     python -m experiments.libero_spatial --config=configs/libero_spatial.py:paper --workdir=DIR
-
-See `python -m experiments.libero_long --help` for what the flags mean.
 """
 
 from experiments.libero_long import run_suite
