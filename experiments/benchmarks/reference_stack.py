@@ -16,8 +16,9 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from jaxtyping import Array, Float, UInt8
 
 from experiments.benchmarks.world_model import ReferenceOrder
+from mbpo_jax.nn import navit
 from mbpo_jax.types import Branch, Observation, Params, Policy, Prompt
-from mbpo_jax.world_model import bagel, generation
+from mbpo_jax.world_model import generation
 from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8
 from mbpo_jax.world_model.umm_world import Frame, UMMWorld
 
@@ -33,7 +34,7 @@ class SteppedWorld(UMMWorld):
         """One view, encoded by the autoencoder; without ViT features."""
         moments = self.autoencoder.moments(params, images)
         latents = self.autoencoder.latents(params, moments, key)
-        tokens = bagel.tokens_from_latents(latents, self.config.latent_patch)
+        tokens = navit.patchify(latents, self.config.latent_patch)
         return Frame(to_pixels(images), tokens, None)
 
     def decoded(self, params: Params, frame: Frame) -> Frame:

@@ -151,7 +151,7 @@ def vae_rows(golden: Golden, name: str, z: dict) -> list[Row]:
             rows.append(row(key, moments, nhwc(z[key])))
         if kind == "latent" and f"{view}_noise" in z:
             noise, pixels = nhwc(z[f"{view}_noise"]), nhwc(z[f"{view}_pixels"])
-            latents = vae.sample_latents(params, config, pixels, noise)
+            latents = sequences.sample_latents(params, config, pixels, noise)
             rows.append(row(key, latents, nhwc(z[key])))
         if kind == "decoded":
             decoded = vae.decode(params, config, nhwc(z[f"{view}_latent"]))

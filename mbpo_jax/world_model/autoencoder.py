@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from mbpo_jax.nn import vae
+from mbpo_jax.nn import navit, vae
 from mbpo_jax.types import Params
-from mbpo_jax.world_model import bagel, perceptual
+from mbpo_jax.world_model import perceptual
 from mbpo_jax.world_model.config import UMMConfig
 
 
@@ -70,7 +70,7 @@ class Autoencoder:
     def decode(self, params: Params, tokens: Float[Array, "B n v"]) -> Float[Array, "B H W 3"]:
         """Pixels in about [-1, 1], not clipped, of tokens of standardised latents."""
         side, stats = self.config.latent_side, params["statistics"]
-        latents = bagel.latents_from_tokens(tokens, side, side, self.config.latent_patch)
+        latents = navit.unpatchify(tokens, side, side, self.config.latent_patch)
         latents = latents * stats["latent_std"] + stats["latent_mean"]
         return resize(vae.decode(params["vae"], self.config.vae, latents), self.image_size)
 

@@ -107,20 +107,6 @@ def embed_time(params: Params, t: Float[Array, "*B"]) -> Float[Array, "*B D"]:
     return linear(weights["fc2"], jax.nn.silu(linear(weights["fc1"], time_features(t))))
 
 
-def tokens_from_latents(latents: Float[Array, "B h w z"], patch: int) -> Float[Array, "B n v"]:
-    """Row-major latent tokens, each (row in patch, column in patch, channel)."""
-    return navit.patchify(latents, patch)
-
-
-def latents_from_tokens(
-    tokens: Float[Array, "B n v"], rows: int, columns: int, patch: int
-) -> Float[Array, "B h w z"]:
-    """Inverse of `tokens_from_latents`; rows and columns count tokens."""
-    b = tokens.shape[0]
-    x = tokens.reshape(b, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, rows * patch, columns * patch, -1)
-
-
 def _no_gen(und):
     return jnp.zeros((und.shape[0], 0, und.shape[2]), und.dtype)
 

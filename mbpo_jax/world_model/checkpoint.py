@@ -1,5 +1,4 @@
-"""Released BAGEL checkpoints (layout of ByteDance-Seed/BAGEL-7B-MoT): read into sharded arrays,
-written back exactly.
+"""Released BAGEL checkpoints (layout of ByteDance-Seed/BAGEL-7B-MoT): read into sharded arrays.
 
 A directory holds `ema.safetensors` (or `model.safetensors`), `ae.safetensors`, `llm_config.json`
 and `vit_config.json`. Sizes that the JSON files leave out are read off the arrays' shapes.
@@ -17,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mbpo_jax.nn import vae as vae_model
 from mbpo_jax.nn.navit import NaViTConfig
@@ -37,8 +35,6 @@ _ADAPTERS = {
     "time_embedder.fc1": "time_embedder.mlp.0",
     "time_embedder.fc2": "time_embedder.mlp.2",
 }
-# Part of a world model, not of a released checkpoint.
-_OWN_ADAPTERS = ("action2llm", "current2llm", "proprio2llm", "llm2proprio")
 
 
 def load_bagel(
@@ -68,9 +64,7 @@ def load_bagel(
     tree = jax.eval_shape(lambda: _fresh(released, 0))
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = {_path(path): _sources(_path(path), leaf.shape) for path, leaf in leaves}
-    # A world model that was saved again carries its own adapters too.
-    extra = sorted(n for n in shapes if n.split(".")[0] in _OWN_ADAPTERS)
-    _account(directory, names, {_path(path): leaf.shape for path, leaf in leaves}, shapes, extra)
+    _account(directory, names, {_path(path): leaf.shape for path, leaf in leaves}, shapes)
 
     placed = shardings(tree) if shardings else None
     placed = jax.tree.leaves(placed) if placed is not None else [None] * len(leaves)
@@ -78,56 +72,7 @@ def load_bagel(
         _read(names[_path(path)], _path(path), leaf.shape, with_weights, sharding)
         for (path, leaf), sharding in zip(leaves, placed)
     ]
-    params = jax.tree_util.tree_unflatten(structure, arrays)
-    for name in extra:
-        adapter, kind = name.split(".")
-        array = with_weights[name].get_tensor(name)
-        leaf = {"kernel": array.T} if kind == "weight" else {"bias": array}
-        params["adapters"].setdefault(adapter, {}).update(jax.tree.map(jax.numpy.asarray, leaf))
-    return config, params
-
-
-def save_bagel(directory: str | Path, config: UMMConfig, params: Params) -> None:
-    """Writes the layout that `load_bagel` reads; other keys of `params` are left out.
-
-    Raises:
-        ValueError: the directory already holds a checkpoint.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if any((directory / name).exists() for name in MODEL_FILES):
-        raise ValueError(f"{directory} already holds a checkpoint: choose another directory.")
-    named = export_arrays({k: v for k, v in params.items() if k != "statistics"})
-    of_vae = {n: x for n, x in named.items() if n.startswith(("encoder.", "decoder."))}
-    save_file({n: x for n, x in named.items() if n not in of_vae}, directory / MODEL_FILES[0])
-    save_file(of_vae, directory / VAE_FILE)
-    mot, vit, vae = config.mot, config.vit, config.vae
-    documents = {
-        "llm_config.json": {
-            "model_type": "qwen2",
-            "hidden_size": mot.hidden_size,
-            "intermediate_size": mot.mlp_size,
-            "num_hidden_layers": mot.num_layers,
-            "num_attention_heads": mot.num_heads,
-            "num_key_value_heads": mot.num_kv_heads,
-            "rms_norm_eps": mot.norm_eps,
-            "rope_theta": mot.rope_theta,
-            "vocab_size": mot.vocab_size,
-        },
-        "vit_config.json": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": vit.hidden_size,
-            "intermediate_size": vit.mlp_size,
-            # The released file counts one layer more than the weights have.
-            "num_hidden_layers": vit.num_layers + 1,
-            "num_attention_heads": vit.num_heads,
-            "patch_size": vit.patch_size,
-            "layer_norm_eps": vit.norm_eps,
-        },
-        "vae_config.json": {"scale_factor": vae.scale_factor, "shift_factor": vae.shift_factor},
-    }
-    for name, document in documents.items():
-        (directory / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    return config, jax.tree_util.tree_unflatten(structure, arrays)
 
 
 def export_arrays(params: Params) -> dict[str, np.ndarray]:
@@ -316,12 +261,12 @@ def _released_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
-def _account(directory, names, ours, shapes, extra):
+def _account(directory, names, ours, shapes):
     expected = {
         name: _released_shape(path, ours[path]) for path, group in names.items() for name in group
     }
     missing = sorted(set(expected) - set(shapes))
-    unexpected = sorted(set(shapes) - set(expected) - set(extra))
+    unexpected = sorted(set(shapes) - set(expected))
     wrong = [
         f"{n}: {shapes[n]} instead of {expected[n]}"
         for n in sorted(set(expected) & set(shapes))

@@ -406,7 +406,7 @@ class UMMWorld:
 
         pooled = stacked(moments) if moments else self.autoencoder.moments(params, stacked(images))
         latents = jax.lax.stop_gradient(self.autoencoder.latents(params, pooled, key))
-        tokens = bagel.tokens_from_latents(latents, self.config.latent_patch)
+        tokens = navit.patchify(latents, self.config.latent_patch)
         return dict(zip(self.cameras, jnp.split(tokens, len(self.cameras))))
 
     def _frames(self, params, images, tokens, with_features):
