@@ -190,7 +190,7 @@ def _parts(
         tokens = frames[camera].tokens
         inputs = (world_params, start, frames, dict(done), actions, key)
         parts[f"dynamics {camera}"] = (view, inputs, chunks)
-        parts[f"picture {camera}"] = (picture, (world_params, frames[camera], tokens), chunks)
+        parts[f"picture {camera}"] = (picture, (world_params, tokens), chunks)
         # The first view computes the features that are missing, for later views too.
         frames = {c: jax.jit(world.seen)(world_params, frame) for c, frame in frames.items()}
         done[camera] = frames[camera]

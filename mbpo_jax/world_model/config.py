@@ -37,12 +37,10 @@ class UMMConfig:
     vit_image_size: int  # pixels per side of a picture entering the ViT
     latent_patch: int  # latents per side of one token; pixels, where views are composed
     max_latent_side: int  # side of the grid that the latent position table indexes
-    # "velocity": rectified flow on latents. "residual": the network predicts the clean difference
-    # to the current frame's latents (x-prediction), and decoding adds the decoded difference to the
-    # current pixels, which cancels the VAE's reconstruction error. "composed": no latents; one pass
-    # gives the next picture as a mixture of the current one, of that moved, and of new pixels
-    # (`composition`), every view's stage reads the actions, and views are trained behind imagined
-    # earlier ones, as they are imagined.
+    # "velocity": rectified flow on latents. "composed": no latents; one pass gives the next picture
+    # as a mixture of the current one, of that moved, and of new pixels (`composition`), every
+    # view's stage reads the actions, and views are trained behind imagined earlier ones, as they
+    # are imagined.
     prediction: str = "velocity"
     # Later views are generated from the earlier views at t+k (interleaved view decoding); if False,
     # every view on its own from all current views and the actions.
@@ -129,7 +127,6 @@ def latent() -> UMMConfig:
         vit_image_size=64,
         latent_patch=2,
         max_latent_side=4,
-        prediction="residual",
         actions_as="embedding",
         targets_per_example=2,
         train_timestep_shift=4.0,
@@ -149,7 +146,6 @@ def latent_small() -> UMMConfig:
         vit_image_size=128,
         latent_patch=2,
         max_latent_side=8,
-        prediction="residual",
         actions_as="embedding",
         targets_per_example=2,
         train_timestep_shift=4.0,

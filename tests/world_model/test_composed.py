@@ -192,7 +192,7 @@ def test_bad_configurations():
     with pytest.raises(ValueError, match="vae"):
         make_world(vae=TINY.vae)
     with pytest.raises(ValueError, match="vae"):
-        make_world(prediction="residual")
+        make_world(prediction="velocity")
     assert (variant("micro").latent_side, variant("micro").token_size) == (8, 192)
 
 
