@@ -19,13 +19,15 @@ from mbpo_jax.stages.build import (
     observation_builder,
 )
 from mbpo_jax.stages.finetune_world_model import (
+    measured_statistics,
+    train_dynamics,
+    world_model_episodes,
+)
+from mbpo_jax.stages.measure_fidelity import (
     FIDELITY_TRANSITIONS,
     answers,
     gripper_probes,
-    measured_statistics,
     spread,
-    train_dynamics,
-    world_model_episodes,
 )
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import load_params
