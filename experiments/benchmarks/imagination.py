@@ -27,7 +27,8 @@ from mbpo_jax.stages.build import Config, build_policy, build_world_model, obser
 from mbpo_jax.training.sharding import make_mesh, map_rows, shard_batch
 from mbpo_jax.types import Observation, Params
 from mbpo_jax.world_model import config as world_config
-from mbpo_jax.world_model.umm_world import Frame, UMMWorld
+from mbpo_jax.world_model.frames import Frame
+from mbpo_jax.world_model.umm_world import UMMWorld
 
 INSTRUCTION = "pick up the book and place it in the back compartment of the caddy"
 PROPRIO = 8  # LIBERO's end-effector position, axis-angle and two fingers

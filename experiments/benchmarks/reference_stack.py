@@ -20,7 +20,8 @@ from mbpo_jax.nn import navit
 from mbpo_jax.types import Branch, Observation, Params, Policy, Prompt
 from mbpo_jax.world_model import generation
 from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8
-from mbpo_jax.world_model.umm_world import Frame, UMMWorld
+from mbpo_jax.world_model.frames import Frame
+from mbpo_jax.world_model.umm_world import UMMWorld
 
 Ask = Callable[[dict], dict]
 # No limits, no compression, no keep-alive: requests are large and answers take long.

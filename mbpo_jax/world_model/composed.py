@@ -18,8 +18,9 @@ from mbpo_jax.nn.qwen2_mot import Segment, empty_cache
 from mbpo_jax.types import Observation, Params, Transition, WorldState
 from mbpo_jax.world_model import bagel, composition
 from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8
+from mbpo_jax.world_model.frames import Frame, flatten, restore
 from mbpo_jax.world_model.statistics import composition_statistics, neutral_statistics
-from mbpo_jax.world_model.umm_world import Frame, UMMWorld, flatten, restore
+from mbpo_jax.world_model.umm_world import UMMWorld
 
 _PROPRIO_WEIGHT = 0.2  # of proprioception in the loss, beside the views' mean
 

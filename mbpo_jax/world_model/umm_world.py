@@ -5,7 +5,6 @@ The first view at t+k is generated from all current views and the actions; every
 own current frame and the views already generated for t+k, without the actions.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jaxtyping import Array, Float
 
 from mbpo_jax.nn import navit, qwen2_mot, vae
@@ -23,24 +21,12 @@ from mbpo_jax.world_model import bagel, generation
 from mbpo_jax.world_model.actions import ActionText
 from mbpo_jax.world_model.autoencoder import Autoencoder, resize, to_pixels, to_uint8
 from mbpo_jax.world_model.bagel import Tokenizer
-from mbpo_jax.world_model.config import UMMConfig
+from mbpo_jax.world_model.config import UMMConfig, check_config
+from mbpo_jax.world_model.frames import Frame, check_views, flatten, restore
 from mbpo_jax.world_model.guidance import Contexts
 from mbpo_jax.world_model.statistics import neutral_statistics, proprio_statistics
 
 Moments = Mapping[str, Array]  # per camera, what `Autoencoder.moments` gives
-
-
-@struct.dataclass
-class Frame:
-    """One view at one time, ready to condition on.
-
-    pixels: [B, H, W, 3] in [-1, 1]; tokens: clean latent tokens [B, n, v], None where views are
-    composed of pixels; features: ViT features [B, m, F], None until something needs them.
-    """
-
-    pixels: Array
-    tokens: Array | None
-    features: Array | None
 
 
 class UMMWorld:
@@ -67,7 +53,7 @@ class UMMWorld:
         tokenizer: Tokenizer,
         action_limits: Sequence[tuple[float, float]] | None = None,
     ):
-        _check_config(config, tokenizer)
+        check_config(config, tokenizer.vocab_size)
         self.config, self.cameras, self.tokenizer = config, tuple(cameras), tokenizer
         self.image_size, self.action_dim, self.chunk = image_size, action_dim, chunk
         self.autoencoder = Autoencoder(config, image_size)
@@ -397,17 +383,7 @@ class UMMWorld:
         return jax.lax.stop_gradient(features) if config.freeze_vit else features
 
     def _check(self, observation, actions=None):
-        missing = [c for c in self.cameras if c not in observation.images]
-        unknown = [c for c in observation.images if c not in self.cameras]
-        if missing or unknown:
-            raise ValueError(
-                f"The world model's views are {list(self.cameras)}; the observation lacks "
-                f"{missing} and has the unknown {unknown}."
-            )
-        size = (self.image_size, self.image_size, 3)
-        for camera, image in observation.images.items():
-            if image.shape[-3:] != size:
-                raise ValueError(f"Image {camera!r} is {image.shape[-3:]}, expected {size}.")
+        check_views(observation.images, self.cameras, self.image_size)
         values = observation.proprio.shape[-1]
         if self.config.proprio_dim not in (0, values):
             raise ValueError(
@@ -419,58 +395,8 @@ class UMMWorld:
             raise ValueError(f"The action chunk is {actions.shape[-2:]}, expected {chunk}.")
 
 
-def flatten(first: Any, *rest: Any) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """The shape of the first tree's batch axes, and all trees with those axes as one."""
-    observation = first if isinstance(first, Observation) else first.observation
-    batch = jnp.shape(next(iter(observation.images.values())))[:-3]
-    size = math.prod(batch)
-
-    def flat(x):
-        return jnp.reshape(x, (size, *jnp.shape(x)[len(batch) :]))
-
-    return batch, jax.tree.map(flat, (first, *rest))
-
-
-def restore(x: Array, batch: tuple[int, ...]) -> Array:
-    """Undoes `flatten` for one array."""
-    return x.reshape(*batch, *x.shape[1:])
-
-
 def _answer_id(tokenizer, word):
     ids = tokenizer.encode(word)
     if len(ids) != 1:
         raise ValueError(f"The tokenizer writes the answer {word!r} as {len(ids)} tokens, not 1.")
     return ids[0]
-
-
-def _check_config(config, tokenizer):
-    if tokenizer.vocab_size > config.mot.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{config.mot.vocab_size}: raise the latter."
-        )
-    choices = {
-        "prediction": ("velocity", "composed"),
-        "actions_as": ("text", "embedding"),
-    }
-    for field, values in choices.items():
-        if getattr(config, field) not in values:
-            raise ValueError(f"{field} is {getattr(config, field)!r}, expected one of {values}.")
-    if (config.vae is None) != (config.prediction == "composed"):
-        raise ValueError(
-            f"prediction is {config.prediction!r} and vae is {config.vae}: views are composed of "
-            "pixels without an autoencoder, and otherwise made of its latents."
-        )
-    if config.evaluate_every < 1:
-        raise ValueError(f"evaluate_every is {config.evaluate_every}, expected 1 or more.")
-    stride = config.token_stride
-    if config.vae_image_size % stride or config.latent_side > config.max_latent_side:
-        raise ValueError(
-            f"vae_image_size {config.vae_image_size} must be a multiple of {stride} and at most "
-            f"{stride * config.max_latent_side}."
-        )
-    if config.vit_image_size % config.vit.patch_size:
-        raise ValueError(
-            f"vit_image_size {config.vit_image_size} must be a multiple of the ViT's patch size "
-            f"{config.vit.patch_size}."
-        )
