@@ -14,7 +14,7 @@ from mbpo_jax.nn.qwen2_mot import Cache, Segment
 from mbpo_jax.nn.vae import VAEConfig
 from mbpo_jax.types import Params
 from mbpo_jax.world_model import bagel, generation
-from mbpo_jax.world_model.checkpoint import export_arrays
+from mbpo_jax.world_model.checkpoint import dotted, is_stacked, released_names
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig
 from mbpo_jax.world_model.guidance import is_active
 
@@ -59,6 +59,25 @@ def sample_latents(params: Params, config: VAEConfig, images, noise) -> jax.Arra
     """Scaled posterior samples of images [B, H, W, 3]; `noise` is standard normal [B, h, w, z]."""
     mean, log_variance = vae.moments(params, config, images)
     return vae.scale_latents(config, mean + jnp.exp(0.5 * log_variance) * noise)
+
+
+def export_arrays(params: Params) -> dict[str, np.ndarray]:
+    """Arrays under their released names, in PyTorch's layouts."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = dotted(path)
+        sources = released_names(path, leaf.shape)
+        for i, name in enumerate(sources):
+            array = np.asarray(leaf[i] if is_stacked(path) else leaf)
+            named[name] = np.ascontiguousarray(_to_pytorch(path, name, array))
+    return named
+
+
+def _to_pytorch(path: str, name: str, array: np.ndarray) -> np.ndarray:
+    """From our layout (one layer) to PyTorch's: [in, out] -> [out, in], HWIO -> OIHW."""
+    if not path.endswith(".kernel"):
+        return array
+    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
 
 
 # Packed training sequences

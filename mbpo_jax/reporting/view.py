@@ -2,7 +2,6 @@
 side by side, the chunk of actions, P(done) and the critic's value."""
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import jax
 import jinja2
 import numpy as np
-from PIL import Image
 
 from mbpo_jax.data.episodes import read_episodes
+from mbpo_jax.data.formats.recording import encode_image
 from mbpo_jax.data.pipelines import collate, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.rl.imagination import branch_keys, imagine
@@ -228,8 +227,4 @@ def _at(count: int, places: Sequence[int], values: np.ndarray) -> list:
 
 
 def _png(frame: np.ndarray | None) -> str | None:
-    if frame is None:
-        return None
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return None if frame is None else base64.b64encode(encode_image(frame)).decode()

@@ -100,7 +100,7 @@ def measured_statistics(
 ) -> Params:
     """The statistics measured on some transitions, with room for all the others' proprioception;
     where that has to be made, says so on the terminal."""
-    statistics = params["statistics"] | world.measured(params, some)
+    statistics = params["statistics"] | world.measured(some)
     episode, now, later = sources.index.T
     values = [
         np.stack([episodes[e].proprio[f] for e, f in zip(episode, frames)])

@@ -63,28 +63,16 @@ def load_bagel(
     released = dataclasses.replace(config, actions_as="text", prediction="velocity", proprio_dim=0)
     tree = jax.eval_shape(lambda: _fresh(released, 0))
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = {_path(path): _sources(_path(path), leaf.shape) for path, leaf in leaves}
-    _account(directory, names, {_path(path): leaf.shape for path, leaf in leaves}, shapes)
+    names = {dotted(path): released_names(dotted(path), leaf.shape) for path, leaf in leaves}
+    _account(directory, names, {dotted(path): leaf.shape for path, leaf in leaves}, shapes)
 
     placed = shardings(tree) if shardings else None
     placed = jax.tree.leaves(placed) if placed is not None else [None] * len(leaves)
     arrays = [
-        _read(names[_path(path)], _path(path), leaf.shape, with_weights, sharding)
+        _read(names[dotted(path)], dotted(path), leaf.shape, with_weights, sharding)
         for (path, leaf), sharding in zip(leaves, placed)
     ]
     return config, jax.tree_util.tree_unflatten(structure, arrays)
-
-
-def export_arrays(params: Params) -> dict[str, np.ndarray]:
-    """Arrays under their released names, in PyTorch's layouts."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = _path(path)
-        sources = _sources(path, leaf.shape)
-        for i, name in enumerate(sources):
-            array = np.asarray(leaf[i] if _stacked(path) else leaf)
-            named[name] = np.ascontiguousarray(_transpose(path, name, array))
-    return named
 
 
 def read_config(
@@ -197,15 +185,17 @@ def _fresh(config: UMMConfig, seed: int) -> Params:
     return {**bagel.init(config, 1, key), "vae": vae_model.init(config.vae, key)}
 
 
-def _path(path) -> str:
+def dotted(path: tuple) -> str:
+    """A leaf's path in the parameters with dots."""
     return ".".join(str(entry.key) for entry in path)
 
 
-def _stacked(path: str) -> bool:
+def is_stacked(path: str) -> bool:
+    """Whether the array at `path` holds all layers, one after the other."""
     return path.startswith(("mot.layers.", "vit.layers."))
 
 
-def _sources(path: str, shape: tuple[int, ...]) -> list[str]:
+def released_names(path: str, shape: tuple[int, ...]) -> list[str]:
     """Released names of the array at `path`; one per layer where layers are stacked."""
     room, rest = path.split(".", 1)
     if room == "position_tables":
@@ -247,15 +237,8 @@ def _with_expert(module, expert):
     return f"{module}_moe_gen"
 
 
-def _transpose(path: str, name: str, array: np.ndarray) -> np.ndarray:
-    """From our layout (one layer) to PyTorch's: [in, out] -> [out, in], HWIO -> OIHW."""
-    if not path.endswith(".kernel"):
-        return array
-    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
-
-
 def _released_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = shape[1:] if _stacked(path) else shape
+    shape = shape[1:] if is_stacked(path) else shape
     if not path.endswith(".kernel"):
         return shape
     return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
@@ -282,10 +265,10 @@ def _account(directory, names, ours, shapes):
 
 def _read(sources, path, shape, files, sharding):
     def part(index):
-        rows = range(*index[0].indices(shape[0])) if _stacked(path) else [0]
-        inner = index[1:] if _stacked(path) else index
+        rows = range(*index[0].indices(shape[0])) if is_stacked(path) else [0]
+        inner = index[1:] if is_stacked(path) else index
         layers = [_read_one(files, sources[i], path, inner) for i in rows]
-        return np.stack(layers) if _stacked(path) else layers[0]
+        return np.stack(layers) if is_stacked(path) else layers[0]
 
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -37,9 +37,8 @@ class ComposedWorld(UMMWorld):
         statistics = neutral_statistics(self.config, self.cameras, self.action_dim)
         return {**params, "statistics": statistics}
 
-    def measured(self, params: Params, transitions: Transition) -> Params:
+    def measured(self, transitions: Transition) -> Params:
         """The statistics of these transitions [N]."""
-        del params
         return composition_statistics(self.config, self.cameras, transitions)
 
     def precompute(self, params: Params, observation: Observation, key: Array) -> None:

@@ -78,10 +78,9 @@ class UMMWorld:
         params["statistics"] = neutral_statistics(self.config, self.cameras, self.action_dim)
         return params
 
-    def measured(self, params: Params, transitions: Transition) -> Params:
+    def measured(self, transitions: Transition) -> Params:
         """The statistics of these transitions [N], for a model that is trained on them from
         scratch; what a released model has stays as it is."""
-        del params
         return proprio_statistics(self.config, transitions)
 
     def for_inference(self, params: Params) -> Params:
@@ -299,8 +298,7 @@ class UMMWorld:
         return bagel.text_segment(params, self.config, prompt.tokens, prompt.mask)
 
     def _action(self, params, actions):
-        actions = (actions - self.action_centre) / self.action_scale
-        actions = jnp.clip(actions, -1.0, 1.0)
+        actions = jnp.clip((actions - self.action_centre) / self.action_scale, -1.0, 1.0)
         if self.config.actions_as == "text":
             return bagel.text_segment(params, self.config, *self.action_text(actions))
         return bagel.action_segment(params, self.config, self.tokenizer, actions)

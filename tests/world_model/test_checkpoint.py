@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mbpo_jax.world_model.checkpoint import export_arrays, load_bagel
+from experiments.parity_suites.bagel_sequences import export_arrays
+from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.config import bagel
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bagel"

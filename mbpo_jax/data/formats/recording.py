@@ -307,6 +307,13 @@ def stack(frames: Sequence[np.ndarray], steps: np.ndarray) -> np.ndarray:
     return np.stack(frames)
 
 
+def encode_image(image: np.ndarray) -> bytes:
+    """A PNG file of an image uint8 [H, W, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def decode_image(data: bytes) -> np.ndarray:
     """uint8 [H, W, 3] of an encoded image.
 
