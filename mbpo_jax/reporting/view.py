@@ -15,14 +15,8 @@ from mbpo_jax.data.formats.recording import encode_image
 from mbpo_jax.data.pipelines import collate, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.rl.imagination import branch_keys, imagine
-from mbpo_jax.stages.build import (
-    abstract_params,
-    build_world_model,
-    load_policy,
-    observation_builder,
-)
+from mbpo_jax.stages.build import load_policy, load_world_model, observation_builder
 from mbpo_jax.stages.workspace import StageError, Workspace
-from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Observation
 from mbpo_jax.world_model import metrics
 
@@ -62,7 +56,7 @@ def episode_clip(workspace: Workspace, stage: str, number: int) -> Clip:
     if workspace.summary("world_model") is not None:
         builder = observation_builder(config)
         frames = collate([builder.at(episode, f) for f in range(count)])
-        world, params = _world(workspace)
+        world, params = load_world_model(config, workspace.root)
         reward = jax.jit(metrics.judge(world))
         curves["P(done), recorded frame"] = np.asarray(reward(params, frames)).tolist()
         source = transitions([episode], builder, config.chunk)
@@ -104,7 +98,7 @@ def branch_clip(workspace: Workspace, stage: str, number: int, step: int, chunks
             f"{stage} episode {number} has no frame at step {step}; there are frames at "
             + ", ".join(map(str, recorded))
         )
-    world, world_params = _world(workspace)
+    world, world_params = load_world_model(config, workspace.root)
     policy, params = _improved(workspace)
     start = collate([observation_builder(config).at(episode, recorded[step])])
     threshold = config.rl.reward_threshold
@@ -200,12 +194,6 @@ def _episode(workspace: Workspace, stage: str, number: int) -> Episode:
     if not 0 <= number < len(episodes):
         raise StageError(f"{stage} has the episodes 0 to {len(episodes) - 1}; there is no {number}")
     return episodes[number]
-
-
-def _world(workspace: Workspace):
-    world = build_world_model(workspace.config)
-    path = workspace.directory("world_model") / "world_model"
-    return world, load_params(path, abstract_params(world))
 
 
 def _improved(workspace: Workspace):
