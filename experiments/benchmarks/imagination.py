@@ -28,7 +28,8 @@ from mbpo_jax.stages.imagination import ROW_AXES, branch_keys
 from mbpo_jax.training.sharding import make_mesh, map_rows, shard_batch
 from mbpo_jax.types import Observation, Params
 from mbpo_jax.world_model import config as world_config
-from mbpo_jax.world_model.umm_world import Frame, UMMWorld
+from mbpo_jax.world_model.frames import Frame
+from mbpo_jax.world_model.umm_world import UMMWorld
 
 INSTRUCTION = "pick up the book and place it in the back compartment of the caddy"
 PROPRIO = 8  # LIBERO's end-effector position, axis-angle and two fingers
@@ -191,7 +192,7 @@ def _parts(
         tokens = frames[camera].tokens
         inputs = (world_params, start, frames, dict(done), actions, key)
         parts[f"dynamics {camera}"] = (view, inputs, chunks)
-        parts[f"picture {camera}"] = (picture, (world_params, frames[camera], tokens), chunks)
+        parts[f"picture {camera}"] = (picture, (world_params, tokens), chunks)
         # The first view computes the features that are missing, for later views too.
         frames = {c: jax.jit(world.seen)(world_params, frame) for c, frame in frames.items()}
         done[camera] = frames[camera]

@@ -16,10 +16,12 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from jaxtyping import Array, Float, UInt8
 
 from experiments.benchmarks.world_model import ReferenceOrder
+from mbpo_jax.nn import navit
 from mbpo_jax.types import Branch, Observation, Params, Policy, Prompt
-from mbpo_jax.world_model import bagel, generation
+from mbpo_jax.world_model import generation
 from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8
-from mbpo_jax.world_model.umm_world import Frame, UMMWorld
+from mbpo_jax.world_model.frames import Frame
+from mbpo_jax.world_model.umm_world import UMMWorld
 
 Ask = Callable[[dict], dict]
 # No limits, no compression, no keep-alive: requests are large and answers take long.
@@ -32,15 +34,9 @@ class SteppedWorld(UMMWorld):
     def frame(self, params: Params, images: UInt8[Array, "B H W 3"], key: Array) -> Frame:
         """One view, encoded by the autoencoder; without ViT features."""
         moments = self.autoencoder.moments(params, images)
-        latents = self.autoencoder.latents(params, moments, key)
-        tokens = bagel.tokens_from_latents(latents, self.config.latent_patch)
+        latents = self.autoencoder.latents(moments, key)
+        tokens = navit.patchify(latents, self.config.latent_patch)
         return Frame(to_pixels(images), tokens, None)
-
-    def decoded(self, params: Params, frame: Frame) -> Frame:
-        """The frame with its latents decoded, which a residual is added to."""
-        if self.config.prediction == "velocity":
-            return frame
-        return frame.replace(decoded=self.autoencoder.decode(params, frame.tokens))
 
     def view(
         self,
@@ -62,17 +58,15 @@ class SteppedWorld(UMMWorld):
             *self._conditions(params, camera, frames, done, action),
         ]
         contexts = generation.build_contexts(params, self.config, segments)
-        target = frames[camera].tokens
         key = jax.random.fold_in(key, self.cameras.index(camera))
-        noise = jax.random.normal(key, target.shape)
-        current = target if self.config.prediction == "residual" else None
-        return self.view_tokens(params, segments, contexts, noise, current)
+        noise = jax.random.normal(key, frames[camera].tokens.shape)
+        return self.view_tokens(params, segments, contexts, noise)
 
     def picture(
-        self, params: Params, current: Frame, tokens: Float[Array, "B n v"], camera: str
+        self, params: Params, tokens: Float[Array, "B n v"], camera: str
     ) -> UInt8[Array, "B H W 3"]:
-        """The decoded image of a view's tokens, behind a `decoded` frame."""
-        return to_uint8(self._finish(params, camera, current, tokens).pixels)
+        """The decoded image of a view's tokens."""
+        return to_uint8(self._finish(params, camera, tokens).pixels)
 
 
 class ServedWorld(SteppedWorld, ReferenceOrder):
@@ -89,7 +83,7 @@ class Server:
 
     def __init__(self, world: ServedWorld, params: Params):
         self._cameras, self._params = world.cameras, jax.device_put(params)
-        self._frame, self._decoded = jax.jit(world.frame), jax.jit(world.decoded)
+        self._frame = jax.jit(world.frame)
         self._view = jax.jit(world.view, static_argnames="camera")
         self._picture = jax.jit(world.picture, static_argnames="camera")
         self._answer = jax.jit(world.answer)
@@ -114,14 +108,13 @@ class Server:
             tokens = self._view(
                 self._params, observation, frames, done, request["actions"], key, camera=camera
             )
-            current = self._decoded(self._params, frames[camera])
-            new[camera] = self._pictures(current, tokens, camera)
+            new[camera] = self._pictures(tokens, camera)
         return {"images": new}
 
-    def _pictures(self, current: Frame, tokens: Array, camera: str) -> np.ndarray:
+    def _pictures(self, tokens: Array, camera: str) -> np.ndarray:
         """Decoded one by one."""
-        rows = _rows(jax.device_get((current, tokens)), len(tokens))
-        pictures = [self._picture(self._params, *row, camera=camera) for row in rows]
+        rows = _rows(jax.device_get(tokens), len(tokens))
+        pictures = [self._picture(self._params, row, camera=camera) for row in rows]
         return np.concatenate(jax.device_get(pictures))
 
     def _understand(self, request: dict) -> dict:

@@ -36,7 +36,7 @@ class ReferenceOrder(UMMWorld):
     def step(self, params, state, actions, key):
         return _one_by_one(functools.partial(super().step, params), (state, actions), key)
 
-    def view_tokens(self, params, segments, contexts, noise, current):
+    def view_tokens(self, params, segments, contexts, noise):
         config, side = self.config, self.config.latent_side
         keep = segments[:-1] if segments[-1].attention == "causal" else segments
         texts = [s for s in segments if s.attention == "causal"]
@@ -49,9 +49,7 @@ class ReferenceOrder(UMMWorld):
 
         def velocity(cache, x, t):
             t = jnp.full(x.shape[:1], t)
-            return generation.predict(
-                params, config, self.tokenizer, [cache], x, t, side, side, current
-            )
+            return generation.predict(params, config, self.tokenizer, [cache], x, t, side, side)
 
         def euler(x, step):
             t, size, guide = step
@@ -116,7 +114,6 @@ def sizes() -> dict[str, UMMConfig]:
         config = variant(name)
         return dataclasses.replace(
             config,
-            prediction="velocity",
             actions_as="text",
             guidance=PAPER_GUIDANCE,
             num_timesteps=EVALUATIONS[name] + 1,

@@ -18,6 +18,7 @@ from experiments.parity_suites import bagel_sequences as sequences
 from experiments.parity_suites import image_transform
 from experiments.parity_suites.bagel_sequences import Golden, Row, row
 from mbpo_jax.nn import navit, qwen2_mot, vae
+from mbpo_jax.nn.layers import rotate
 from mbpo_jax.nn.qwen2_mot import Segment
 from mbpo_jax.world_model import bagel as model
 from mbpo_jax.world_model import generation, guidance
@@ -101,7 +102,11 @@ def embedding_rows(golden: Golden, name: str, z: dict) -> list[Row]:
         row("t_emb", model.embed_time(params, z["t"]), z["t_emb"]),
         row("rope_cos", np.concatenate([cos, cos], -1), z["rope_cos"]),
         row("rope_sin", np.concatenate([sin, sin], -1), z["rope_sin"]),
-        row("rope_q_out", qwen2_mot.rotate(z["rope_q"][None], cos, sin)[0], z["rope_q_out"]),
+        row(
+            "rope_q_out",
+            rotate(z["rope_q"][None], cos[..., None, :], sin[..., None, :])[0],
+            z["rope_q_out"],
+        ),
     ]
     sides = {"latent": config.max_latent_side, "vit": config.vit.max_patches_per_side}
     for key, side in sides.items():
@@ -151,7 +156,7 @@ def vae_rows(golden: Golden, name: str, z: dict) -> list[Row]:
             rows.append(row(key, moments, nhwc(z[key])))
         if kind == "latent" and f"{view}_noise" in z:
             noise, pixels = nhwc(z[f"{view}_noise"]), nhwc(z[f"{view}_pixels"])
-            latents = vae.sample_latents(params, config, pixels, noise)
+            latents = sequences.sample_latents(params, config, pixels, noise)
             rows.append(row(key, latents, nhwc(z[key])))
         if kind == "decoded":
             decoded = vae.decode(params, config, nhwc(z[f"{view}_latent"]))

@@ -11,9 +11,10 @@ import numpy as np
 
 from mbpo_jax.nn import navit, qwen2_mot, vae
 from mbpo_jax.nn.qwen2_mot import Cache, Segment
+from mbpo_jax.nn.vae import VAEConfig
 from mbpo_jax.types import Params
 from mbpo_jax.world_model import bagel, generation
-from mbpo_jax.world_model.checkpoint import export_arrays
+from mbpo_jax.world_model.checkpoint import dotted, is_stacked, released_names
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig
 from mbpo_jax.world_model.guidance import is_active
 
@@ -52,6 +53,31 @@ def row_relative(name: str, found, expected, tolerance: float = RELATIVE_TOLERAN
     """Largest difference relative to the largest expected magnitude."""
     scale = max(float(np.max(np.abs(expected), initial=0.0)), 1e-30)
     return row(name, np.asarray(found) / scale, np.asarray(expected) / scale, tolerance)
+
+
+def sample_latents(params: Params, config: VAEConfig, images, noise) -> jax.Array:
+    """Scaled posterior samples of images [B, H, W, 3]; `noise` is standard normal [B, h, w, z]."""
+    mean, log_variance = vae.moments(params, config, images)
+    return vae.scale_latents(config, mean + jnp.exp(0.5 * log_variance) * noise)
+
+
+def export_arrays(params: Params) -> dict[str, np.ndarray]:
+    """Arrays under their released names, in PyTorch's layouts."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = dotted(path)
+        sources = released_names(path, leaf.shape)
+        for i, name in enumerate(sources):
+            array = np.asarray(leaf[i] if is_stacked(path) else leaf)
+            named[name] = np.ascontiguousarray(_to_pytorch(path, name, array))
+    return named
+
+
+def _to_pytorch(path: str, name: str, array: np.ndarray) -> np.ndarray:
+    """From our layout (one layer) to PyTorch's: [in, out] -> [out, in], HWIO -> OIHW."""
+    if not path.endswith(".kernel"):
+        return array
+    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
 
 
 # Packed training sequences
@@ -172,10 +198,10 @@ def _packed_latents(golden, z):
     """Clean latent tokens of all pictures, and the latents of the padded batch (NCHW)."""
     config = golden.config
     pixels, noise = (np.moveaxis(z[k], 1, -1) for k in ("padded_images", "vae_posterior_noise"))
-    latents = vae.sample_latents(golden.params["vae"], config.vae, pixels, noise)
+    latents = sample_latents(golden.params["vae"], config.vae, pixels, noise)
     patch = config.latent_patch
     tokens = [
-        bagel.tokens_from_latents(x[None, : h * patch, : w * patch], patch)[0]
+        navit.patchify(x[None, : h * patch, : w * patch], patch)[0]
         for x, (h, w) in zip(latents, z["patchified_vae_latent_shapes"])
     ]
     return jnp.concatenate(tokens), jnp.moveaxis(latents, -1, 1)
@@ -329,8 +355,8 @@ def _context_segment(golden, kind, arrays, noise):
         features = navit.encode(params["vit"], config.vit, arrays["packed_vit_tokens"][None], ids)
         return bagel.vit_segment(params, config, tokenizer, features, rows, columns)
     pixels, noise = (np.moveaxis(x, 1, -1) for x in (arrays["padded_images"], noise))
-    latents = vae.sample_latents(params["vae"], config.vae, pixels, noise)
-    tokens = bagel.tokens_from_latents(latents, config.latent_patch)
+    latents = sample_latents(params["vae"], config.vae, pixels, noise)
+    tokens = navit.patchify(latents, config.latent_patch)
     shape = (int(n) for n in arrays["patchified_vae_latent_shapes"][0])
     return bagel.latent_segment(params, config, tokenizer, tokens, *shape)
 
@@ -373,7 +399,7 @@ def _run_rows(golden, contexts, velocities, run, settings, z):
     x, states, used = jax.jit(
         lambda p, c: generation.trajectory(p, config, tokenizer, c, noise, *shape)
     )(params, contexts)
-    latents = bagel.latents_from_tokens(x, *shape, config.latent_patch)
+    latents = navit.unpatchify(x, *shape, config.latent_patch)
     decoded = vae.decode(params["vae"], config.vae, latents)
     # The public code truncates where the world model rounds.
     picture = np.asarray(np.clip(decoded[0] * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mbpo_jax.nn import gemma, siglip
 from mbpo_jax.nn.gemma import GemmaConfig
@@ -67,18 +68,6 @@ def fixture_config(folder: Path) -> Pi0Config:
     )
 
 
-def nest(flat: dict[str, np.ndarray]) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 def row(name: str, value: jax.Array, golden: np.ndarray, tolerance: float) -> Row:
     """The largest difference of two arrays, relative where golden values exceed 1."""
     value, golden = np.asarray(value), np.asarray(golden)
@@ -92,7 +81,9 @@ def row(name: str, value: jax.Array, golden: np.ndarray, tolerance: float) -> Ro
 def _network_rows(folder: Path) -> list[Row]:
     config = fixture_config(folder)
     cameras = json.loads((folder / "config.json").read_text())["image_keys"]
-    actor = jax.tree.map(jnp.asarray, nest(dict(np.load(folder / "params_flat.npz"))))
+    actor = jax.tree.map(
+        jnp.asarray, unflatten_dict(dict(np.load(folder / "params_flat.npz")), sep="/")
+    )
     golden = np.load(folder / "io.npz")
     images, image_mask = (
         jnp.stack([golden[f"{field}/{camera}"] for camera in cameras], axis=1)
@@ -156,14 +147,11 @@ def _gradient_rows(folder, actor, config, images, image_mask, prompt, state) -> 
         velocity, _ = network.velocity(actor, config, prefix)(x[:, None], time)
         return jnp.square(velocity[:, 0] - target).mean()
 
-    gradients = jax.grad(loss)(actor)
+    gradients = flatten_dict(jax.grad(loss)(actor), sep="/")
     worst: dict[str, Row] = {}
     for path, expected in np.load(folder / "grads_flat.npz").items():
-        leaf = gradients
-        for name in path.split("/"):
-            leaf = leaf[name]
         part = "/".join(path.split("/")[:2])
-        found = row(f"{folder.name}/gradient/{part}", leaf, expected, NETWORK_TOLERANCE)
+        found = row(f"{folder.name}/gradient/{part}", gradients[path], expected, NETWORK_TOLERANCE)
         if part not in worst or found[1] > worst[part][1]:
             worst[part] = found
     return list(worst.values())

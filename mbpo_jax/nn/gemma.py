@@ -26,6 +26,7 @@ from mbpo_jax.nn.layers import (
     lookup,
     matmul,
     rotary_table,
+    rotate,
     softmax_average,
     unstack,
 )
@@ -320,7 +321,7 @@ def _heads(weights, x, rope):
     heads = matmul(x, weights["qkv"]).reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
     groups = (heads.shape[1] - queries) // 2
     query, key, value = jnp.split(heads, (queries, queries + groups), axis=1)
-    return _rotate(query, rope) * head_dim**-0.5, _rotate(key, rope), value
+    return rotate(query, *rope) * head_dim**-0.5, rotate(key, *rope), value
 
 
 def _attention(weights, query, seen):
@@ -350,14 +351,6 @@ def _rotation(positions: jax.Array, head_dim: int, count: int) -> tuple[jax.Arra
     wavelengths = np.float32(ROPE_WAVELENGTH) ** (np.arange(half, dtype=np.float32) / half)
     table = rotary_table(positions, 1 / wavelengths, count)
     return tuple(x[:, None] for x in table)
-
-
-def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the two halves of every head, x [B, N, T, H]."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def _norm(weights: dict | None, x: jax.Array, modulation: jax.Array | None):

@@ -122,6 +122,13 @@ def rotary_table(
     return tuple(jnp.take(table, positions, axis=0, mode="clip") for table in (cos, sin))
 
 
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding in the half-split form, (a, b) -> (a cos - b sin, b cos + a sin): x [..., H]
+    by cos and sin, which broadcast against [..., H / 2]; in float32, returned in x's dtype."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
 def softmax_average(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Averages of values [*B, S, H] with weights softmax(logits) over S, float32 logits [*B, T, S]
     -> [*B, T, H], in the dtype of the values. Each row needs a finite logit.

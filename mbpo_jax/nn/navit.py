@@ -64,6 +64,15 @@ def patchify(images: Float[Array, "B H W C"], patch: int) -> Float[Array, "B n p
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
 
 
+def unpatchify(
+    patches: Float[Array, "B n patch_values"], rows: int, columns: int, patch: int
+) -> Float[Array, "B H W C"]:
+    """Inverse of `patchify`; rows and columns count patches."""
+    b = patches.shape[0]
+    x = patches.reshape(b, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * patch, columns * patch, -1)
+
+
 def grid_ids(rows: int, columns: int, side: int) -> np.ndarray:
     """Position ids row * side + column [rows * columns] of a picture in the top left of the grid.
 

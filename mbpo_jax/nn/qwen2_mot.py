@@ -29,6 +29,7 @@ from mbpo_jax.nn.layers import (
     linear,
     lookup,
     rotary_table,
+    rotate,
     softmax_average,
 )
 
@@ -153,13 +154,6 @@ def rope_angles(
     return rotary_table(positions, theta ** (-np.arange(0, head_dim, 2) / head_dim), count)
 
 
-def rotate(x: Float[Array, "B T heads H"], cos: Array, sin: Array) -> Array:
-    """Rotary embedding in the half-split form: (a, b) -> (a cos - b sin, b cos + a sin)."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def attention_mask(segments: Sequence[Segment]) -> np.ndarray:
     """Static mask [T, T], query row may see key column; all und tokens come first, then all gen."""
     index, order, causal, noise = [], [], [], []
@@ -262,7 +256,8 @@ def _prepare(params, config, segments, caches, collect):
     positions, position = segment_positions(segments, start)
     longest = max(cache.valid.shape[1] for cache in caches)
     count = longest + positions.shape[1]  # of positions: there are fewer than tokens
-    cos, sin = rope_angles(positions, config.head_dim, config.rope_theta, count)
+    angles = rope_angles(positions, config.head_dim, config.rope_theta, count)
+    cos, sin = (x[:, :, None] for x in angles)  # the same for all heads
 
     visible = jnp.asarray(attention_mask(segments))[None] & _valid(segments)[:, None, :]
     # A padded text token in front of an empty cache would see nothing and turn into NaN.

@@ -20,6 +20,7 @@ from mbpo_jax.nn.layers import (
     softmax_average,
     unstack,
 )
+from mbpo_jax.nn.navit import layer_norm, patchify
 
 LAYER_NORM_EPSILON = 1e-6
 ATTENTION = "MultiHeadDotProductAttention_0"
@@ -135,22 +136,23 @@ def encode(
     x = (x + params["pos_embedding"]).astype(dtype)
 
     def block(x: jax.Array, weights: dict) -> tuple[jax.Array, None]:
-        x = x + _attention(weights[ATTENTION], _layer_norm(weights["LayerNorm_0"], x))
+        x = x + _attention(
+            weights[ATTENTION], layer_norm(x, weights["LayerNorm_0"], LAYER_NORM_EPSILON)
+        )
         mlp = weights["MlpBlock_0"]
-        hidden = linear(mlp["Dense_0"], _layer_norm(weights["LayerNorm_1"], x))
+        normed = layer_norm(x, weights["LayerNorm_1"], LAYER_NORM_EPSILON)
+        hidden = linear(mlp["Dense_0"], normed)
         return x + linear(mlp["Dense_1"], jax.nn.gelu(hidden, approximate=True)), None
 
     transformer = params["Transformer"]
     x, _ = loop(block, x, transformer["encoderblock"])
-    return linear(params["head"], _layer_norm(transformer["encoder_norm"], x))
+    return linear(params["head"], layer_norm(x, transformer["encoder_norm"], LAYER_NORM_EPSILON))
 
 
 def _patch_embedding(weights: dict, config: SiglipConfig, images: jax.Array) -> jax.Array:
     """A convolution whose stride is its window, written as one matrix product."""
-    batch, patch, grid = images.shape[0], config.patch_size, config.image_size // config.patch_size
-    x = images.reshape(batch, grid, patch, grid, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(batch, grid * grid, patch * patch * 3)
-    return matmul(x, weights["kernel"].reshape(patch * patch * 3, -1)) + weights["bias"]
+    x = patchify(images, config.patch_size)
+    return matmul(x, weights["kernel"].reshape(x.shape[-1], -1)) + weights["bias"]
 
 
 def _attention(weights: dict, x: jax.Array) -> jax.Array:
@@ -169,11 +171,3 @@ def _attention(weights: dict, x: jax.Array) -> jax.Array:
     out = weights["out"]
     kernel = out["kernel"].reshape(-1, x.shape[-1])
     return matmul(mixed.reshape(*x.shape[:2], -1), kernel) + out["bias"].astype(x.dtype)
-
-
-def _layer_norm(weights: dict, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
-    normed = (x32 - mean) * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-    return (normed * weights["scale"] + weights["bias"]).astype(x.dtype)

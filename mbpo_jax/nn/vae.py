@@ -160,14 +160,6 @@ def moments(
     return mean.astype(jnp.float32), log_variance.astype(jnp.float32)
 
 
-def sample_latents(
-    params: Params, config: VAEConfig, images: Float[Array, "B H W 3"], noise: Array
-) -> Float[Array, "B h w z"]:
-    """Scaled posterior samples; `noise` is standard normal [B, h, w, z] (zeros give the mean)."""
-    mean, log_variance = moments(params, config, images)
-    return scale_latents(config, mean + jnp.exp(0.5 * log_variance) * noise)
-
-
 def scale_latents(config: VAEConfig, raw: Array) -> Array:
     """Raw latents to the units that `decode` takes."""
     return config.scale_factor * (raw - config.shift_factor)

@@ -1,4 +1,4 @@
-"""openpi's checkpoints: their Orbax `params` directory in and out."""
+"""openpi's checkpoints: reading their Orbax `params` directory."""
 
 import dataclasses
 import math
@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mbpo_jax.nn.gemma import GemmaConfig
 from mbpo_jax.nn.siglip import SiglipConfig
 from mbpo_jax.nn.stored_arrays import check_readable
-from mbpo_jax.policy import lora, network
+from mbpo_jax.policy import network
 from mbpo_jax.policy.config import Pi0Config, variants
 
-OWN_MODULES = ("noise_network", "lora")  # parts of an actor that openpi does not have
 DATA = ("manifest.ocdbt", "ocdbt.process_0", "d")  # what lies beside `_METADATA`
 SIZE_FIELDS = ("vision", "language", "expert", "vocab_size", "action_dim", "pi05")
 
@@ -44,12 +44,12 @@ def load_openpi(path: str, config: Pi0Config, shardings: Any = None) -> dict:
     names = {key: key[1:-1] if key[-1] == "value" else key[1:] for key in stored}
     found = {"/".join(names[key]): tuple(leaf.shape) for key, leaf in stored.items()}
     expected = {
-        "/".join(key): leaf.shape for key, leaf in _flatten(_abstract_actor(config)).items()
+        "/".join(key): leaf.shape for key, leaf in flatten_dict(_abstract_actor(config)).items()
     }
     _check_shapes(path, found, expected, config)
 
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = _flatten(shardings) if shardings is not None else {}
+    wanted = flatten_dict(shardings) if shardings is not None else {}
     arguments = {
         key: ocp.ArrayRestoreArgs(
             restore_type=jax.Array, dtype=jnp.float32, sharding=wanted.get(names[key], default)
@@ -58,28 +58,11 @@ def load_openpi(path: str, config: Pi0Config, shardings: Any = None) -> dict:
     }
     restored = ocp.PyTreeCheckpointer().restore(
         path,
-        args=ocp.args.PyTreeRestore(item=_nest(stored), restore_args=_nest(arguments)),
+        args=ocp.args.PyTreeRestore(
+            item=unflatten_dict(stored), restore_args=unflatten_dict(arguments)
+        ),
     )
-    return _nest({names[key]: leaf for key, leaf in _flatten(restored).items()})
-
-
-def save_openpi(path: str, actor: dict, config: Pi0Config) -> None:
-    """Writes an actor as openpi's `params` directory; adapters are merged first.
-
-    Raises:
-        ValueError: something is already there.
-    """
-    path = _absolute(path)
-    merged = {
-        name: module
-        for name, module in lora.merge(actor, config.lora).items()
-        if name not in OWN_MODULES
-    }
-    leaves = {("params", *key, "value"): leaf for key, leaf in _flatten(merged).items()}
-    try:
-        ocp.PyTreeCheckpointer().save(path, _nest(leaves))
-    except ValueError as error:
-        raise ValueError(f"cannot write {path}: remove what is there, or choose another") from error
+    return unflatten_dict({names[key]: leaf for key, leaf in flatten_dict(restored).items()})
 
 
 def fitting_config(shapes: dict[str, tuple[int, ...]], config: Pi0Config) -> Pi0Config:
@@ -157,21 +140,3 @@ def _abstract_actor(config: Pi0Config) -> dict:
 def _absolute(path: str) -> epath.Path:
     """Orbax takes absolute local paths and URLs."""
     return epath.Path(path) if "://" in str(path) else epath.Path(path).expanduser().resolve()
-
-
-def _flatten(tree: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: leaf for name in tree for key, leaf in _flatten(tree[name], (*prefix, name)).items()
-    }
-
-
-def _nest(flat: dict[tuple[str, ...], Any]) -> dict:
-    tree: dict = {}
-    for (*parents, name), leaf in flat.items():
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

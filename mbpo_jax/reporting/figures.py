@@ -68,21 +68,6 @@ def curves(panels: Sequence[tuple[str, Mapping[str, tuple[Sequence, Sequence]]]]
     return figure
 
 
-def horizon_curves(horizon: Mapping[str, dict]) -> Figure:
-    """PSNR of open-loop imagination against the horizon, beside copy-last-frame, per view."""
-    figure, axes = plt.subplots(1, len(horizon), figsize=(3.4 * len(horizon), 2.7), squeeze=False)
-    for axis, (camera, curve) in zip(axes[0], horizon.items()):
-        chunks = np.arange(1, len(curve["psnr"]) + 1)
-        axis.plot(chunks, curve["psnr"], "o-", color=COLORS[0], label="imagined")
-        axis.plot(chunks, curve["copy_psnr"], "s--", color=COLORS[5], label="copy of the start")
-        axis.set_xticks(chunks)
-        axis.set_title(camera, fontsize=9)
-        axis.set_xlabel("chunks imagined")
-        axis.set_ylabel("PSNR (dB)")
-        axis.legend(fontsize=7)
-    return figure
-
-
 def film_strip(real: np.ndarray, imagined: np.ndarray, camera: str) -> Figure:
     """Rows of real over imagined frames.
 

@@ -214,37 +214,19 @@ def _imagined_section(summaries: dict) -> Section:
 
 
 def _data_section(workspace: Workspace, summaries: dict) -> Section:
-    demonstrations, rollouts = summaries["demonstrations"], summaries.get("rollouts")
-    if "source" in demonstrations:
-        text = (
-            f"{demonstrations['episodes']} of {demonstrations['attempts']} episodes were imported "
-            f"from {demonstrations['source']} ({demonstrations['format']}), "
-        )
-    else:
-        text = (
-            f"The scripted expert succeeded in {demonstrations['episodes']} of "
-            f"{demonstrations['attempts']} episodes "
-            f"({100 * demonstrations['expert_success_rate']:.0f} %), "
-        )
-    text += (
-        f"{demonstrations['mean_length']:.0f} steps on average; only successes are kept, "
-        f"{demonstrations['frames']} frames."
-    )
-    if rollouts and "source" in rollouts:
-        text += (
-            f" The policy's {rollouts['episodes']} episodes from {rollouts['source']} hold "
-            f"{rollouts['successes']} successes."
-        )
-    elif rollouts:
-        text += (
-            f" The fine-tuned policy then ran {rollouts['episodes']} episodes from other random "
-            f"resets and solved {rollouts['successes']}."
-        )
-    simulated = [part for part in (demonstrations, rollouts) if part and "worker_restarts" in part]
-    if simulated:
-        restarts = sum(part["worker_restarts"] for part in simulated)
-        text += f" {restarts} simulator workers died or hung; their episodes were repeated."
-    return Section("Data", text)
+    parts = {s: summaries[s] for s in ("demonstrations", "rollouts") if s in summaries}
+    fields = ("attempts", "episodes", "successes", "mean_length", "frames")
+    rows = [
+        (stage, s.get("source", "simulator"))
+        + tuple(f"{s[field]:.0f}" if field in s else "–" for field in fields)
+        for stage, s in parts.items()
+    ]
+    header = ("stage", "source", "tried", "kept", "successes", "mean steps", "frames")
+    text = "Of demonstrations only successes are kept."
+    restarts = [s["worker_restarts"] for s in parts.values() if "worker_restarts" in s]
+    if restarts:
+        text += f" {sum(restarts)} simulator workers died or hung; their episodes were repeated."
+    return Section("Data", text, [Table(header, rows)])
 
 
 def _sft_section(workspace: Workspace, summaries: dict) -> Section:
@@ -309,7 +291,11 @@ def _world_model_section(workspace: Workspace, summaries: dict) -> Section:
         ],
     )
     if "horizon" in s:
-        images.append(png(figures.horizon_curves(s["horizon"]), "fidelity against horizon"))
+        lines = {
+            camera: {"imagined": curve["psnr"], "copy of the start": curve["copy_psnr"]}
+            for camera, curve in s["horizon"].items()
+        }
+        images.append(png(figures.against_horizon(lines), "fidelity against horizon"))
     strips = directory / "fidelity.npz"
     if strips.exists():
         with np.load(strips) as arrays:

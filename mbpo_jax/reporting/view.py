@@ -2,7 +2,6 @@
 side by side, the chunk of actions, P(done) and the critic's value."""
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,22 +9,16 @@ from pathlib import Path
 import jax
 import jinja2
 import numpy as np
-from PIL import Image
 
 from mbpo_jax.data.episodes import read_episodes
+from mbpo_jax.data.formats.recording import encode_image
 from mbpo_jax.data.pipelines import collate, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.mbpo import imagine
 from mbpo_jax.seeds import stream
-from mbpo_jax.stages.build import (
-    abstract_params,
-    build_world_model,
-    load_policy,
-    observation_builder,
-)
+from mbpo_jax.stages.build import load_policy, load_world_model, observation_builder
 from mbpo_jax.stages.imagination import branch_keys
 from mbpo_jax.stages.workspace import StageError, Workspace
-from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Observation
 from mbpo_jax.world_model import metrics
 
@@ -65,7 +58,7 @@ def episode_clip(workspace: Workspace, stage: str, number: int) -> Clip:
     if workspace.summary("world_model") is not None:
         builder = observation_builder(config)
         frames = collate([builder.at(episode, f) for f in range(count)])
-        world, params = _world(workspace)
+        world, params = load_world_model(config, workspace.root)
         reward = jax.jit(metrics.judge(world))
         curves["P(done), recorded frame"] = np.asarray(reward(params, frames)).tolist()
         source = transitions([episode], builder, config.chunk)
@@ -108,7 +101,7 @@ def branch_clip(workspace: Workspace, stage: str, number: int, step: int, chunks
             f"{stage} episode {number} has no frame at step {step}; there are frames at "
             + ", ".join(map(str, recorded))
         )
-    world, world_params = _world(workspace)
+    world, world_params = load_world_model(config, workspace.root)
     policy, params = _improved(workspace)
     start = collate([observation_builder(config).at(episode, recorded[step])])
     threshold = config.rl.reward_threshold
@@ -206,12 +199,6 @@ def _episode(workspace: Workspace, stage: str, number: int) -> Episode:
     return episodes[number]
 
 
-def _world(workspace: Workspace):
-    world = build_world_model(workspace.config)
-    path = workspace.directory("world_model") / "world_model"
-    return world, load_params(path, abstract_params(world))
-
-
 def _improved(workspace: Workspace):
     policy_directory = workspace.directory("improve") / "policy"
     return load_policy(workspace.config, workspace.directory("sft"), policy_directory)
@@ -231,8 +218,4 @@ def _at(count: int, places: Sequence[int], values: np.ndarray) -> list:
 
 
 def _png(frame: np.ndarray | None) -> str | None:
-    if frame is None:
-        return None
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return None if frame is None else base64.b64encode(encode_image(frame)).decode()

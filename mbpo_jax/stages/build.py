@@ -128,8 +128,7 @@ def load_selection(
     policy, params = load_policy(config, root / "sft", actor)
     judge = load_params(root / "sft" / "policy", abstract_params(policy))
     critic = load_params(root / "value" / "critic", abstract_params(policy)["critic"])
-    world = build_world_model(config)
-    world_params = load_params(root / "world_model" / "world_model", abstract_params(world))
+    world, world_params = load_world_model(config, root)
     rl = config.rl
     act = best_of(
         policy,
@@ -180,6 +179,12 @@ def build_world_model(config: Config) -> UMMWorld:
         tokenizer=world_tokenizer(config),
         action_limits=robot(config).action_limits,
     )
+
+
+def load_world_model(config: Config, root: Path) -> tuple[UMMWorld, Params]:
+    """The world model that was trained in the working directory `root`, with its parameters."""
+    world = build_world_model(config)
+    return world, load_params(root / "world_model" / "world_model", abstract_params(world))
 
 
 def checkpoint_origin(

@@ -14,7 +14,7 @@ from mbpo_jax.envs.suites import task_info
 from mbpo_jax.envs.workers.pool import EnvPool
 from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
 from mbpo_jax.stages.collect import batched_act, make_pool, progress
-from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
+from mbpo_jax.stages.statistics import mcnemar_exact, success_rate
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.metrics import continue_records, read_metrics
 from mbpo_jax.types import Params
@@ -77,16 +77,15 @@ def run_actors(
 def reset_requests(config: Config, per_task: int) -> list[EpisodeRequest]:
     """Episodes from random resets that nothing else uses, for every task."""
     return [
-        EpisodeRequest(
-            task_id=task,
-            seed=seeds.reset(config.seed, "evaluation", i),
-            max_steps=config.max_steps,
-            render_every=config.chunk,
-            success_frames=1,
-        )
+        _request(config, task_id=task, seed=seeds.reset(config.seed, "evaluation", i))
         for task in config.tasks
         for i in range(per_task)
     ]
+
+
+def _request(config: Config, **start) -> EpisodeRequest:
+    steps = {"max_steps": config.max_steps, "render_every": config.chunk}
+    return EpisodeRequest(**start, **steps, success_frames=1)
 
 
 def _requests(config: Config) -> list[EpisodeRequest]:
@@ -99,16 +98,7 @@ def _requests(config: Config) -> list[EpisodeRequest]:
                 f"evaluation.episodes_per_task = {wanted}, but task {task} has only {fixed} "
                 "fixed init states"
             )
-        requests += [
-            EpisodeRequest(
-                task_id=task,
-                init_state_id=i,
-                max_steps=config.max_steps,
-                render_every=config.chunk,
-                success_frames=1,
-            )
-            for i in range(wanted)
-        ]
+        requests += [_request(config, task_id=task, init_state_id=i) for i in range(wanted)]
     return requests + reset_requests(config, config.evaluation.resets_per_task)
 
 
@@ -150,14 +140,8 @@ def summarize(episodes: list[dict], tasks) -> dict:
     """Success with its 95 % Wilson interval, overall and per task."""
 
     def part(chosen):
-        successes = sum(e["success"] for e in chosen)
-        low, high = wilson_interval(successes, len(chosen))
         solved = [e["length"] for e in chosen if e["success"]]
-        return {
-            "episodes": len(chosen),
-            "successes": successes,
-            "success_rate": successes / len(chosen),
-            "interval": [low, high],
+        return success_rate(len(solved), len(chosen)) | {
             "goal_fraction": float(np.mean([e["goal_fraction"] for e in chosen])),
             "mean_length": float(np.mean([e["length"] for e in chosen])),
             "mean_length_of_successes": float(np.mean(solved)) if solved else None,
@@ -195,14 +179,8 @@ def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Pa
         if not chosen:
             continue
         task, init_state, _ = chosen[0]
-        request = EpisodeRequest(
-            task_id=task,
-            init_state_id=init_state,
-            max_steps=config.max_steps,
-            render_every=config.chunk,
-            success_frames=1,
-            video_size=config.evaluation.video_size,
-        )
+        size = config.evaluation.video_size
+        request = _request(config, task_id=task, init_state_id=init_state, video_size=size)
         acting = batched_act(config, act, params)
         (result,) = pool.policy_episodes([request], acting, source="improved")
         frames = np.concatenate([result.video[c] for c in config.cameras], axis=2)

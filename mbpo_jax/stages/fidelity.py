@@ -15,21 +15,22 @@ from mbpo_jax.episode import Episode
 from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
-    abstract_params,
     build_world_model,
+    load_world_model,
     observation_builder,
 )
 from mbpo_jax.stages.finetune_world_model import (
-    FIDELITY_TRANSITIONS,
-    answers,
-    gripper_probes,
     measured_statistics,
-    spread,
     train_dynamics,
     world_model_episodes,
 )
+from mbpo_jax.stages.measure_fidelity import (
+    FIDELITY_TRANSITIONS,
+    answers,
+    gripper_probes,
+    spread,
+)
 from mbpo_jax.stages.workspace import StageError, Workspace
-from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Params, Transition, WorldModel
 from mbpo_jax.world_model import metrics, perceptual
 from mbpo_jax.world_model.frame_by_frame import FrameByFrame
@@ -68,9 +69,7 @@ def study_fidelity(workspace: Workspace, directory: Path) -> tuple[dict, Strips,
     if unknown:
         raise StageError(f"fidelity.ablations: {unknown} not among {sorted(ABLATIONS)}")
     train, held_out = world_model_episodes(workspace)
-    world = build_world_model(config)
-    path = workspace.directory("world_model") / "world_model"
-    params = load_params(path, abstract_params(world))
+    world, params = load_world_model(config, workspace.root)
     study = Study(config, world, params, train, held_out)
     contenders = {"UMM-World": Contender(world, params, params)}
     for name in config.fidelity.ablations:

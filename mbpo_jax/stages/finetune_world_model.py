@@ -1,6 +1,6 @@
-"""Stage `world_model`: autoencoder, dynamics and reward, then fidelity on held-out episodes."""
+"""Stage `world_model`: autoencoder, dynamics and reward; its fidelity is then measured."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import (
-    ObservationBuilder,
     Source,
     batches,
     by_label,
@@ -18,7 +17,6 @@ from mbpo_jax.data.pipelines import (
     process_rows,
     reward_examples,
     split_episodes,
-    transition_sequences,
     transitions,
 )
 from mbpo_jax.episode import Episode
@@ -32,24 +30,19 @@ from mbpo_jax.stages.build import (
     observation_builder,
     robot,
 )
+from mbpo_jax.stages.measure_fidelity import measure_fidelity, spread
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import LossFn, Training, fit
 from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
-from mbpo_jax.types import Observation, Params, Transition, WorldModel
-from mbpo_jax.world_model import bagel, metrics
+from mbpo_jax.types import Params, Transition
+from mbpo_jax.world_model import bagel
 from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.statistics import neutral_statistics, widen_proprio
 from mbpo_jax.world_model.umm_world import UMMWorld
 
-Images = Mapping[str, np.ndarray]  # per camera
-
 STATISTICS_TRANSITIONS = 512
-FIDELITY_TRANSITIONS = 512
-FILM_STRIPS = 3
-PROBE_FRAMES = 1500
-RANKED_TRANSITIONS, RANKED_CHUNKS = 60, 16
 ENCODED_FRAMES = 64  # at a time
 
 
@@ -110,7 +103,7 @@ def measured_statistics(
 ) -> Params:
     """The statistics measured on some transitions, with room for all the others' proprioception;
     where that has to be made, says so on the terminal."""
-    statistics = params["statistics"] | world.measured(params, some)
+    statistics = params["statistics"] | world.measured(some)
     episode, now, later = sources.index.T
     values = [
         np.stack([episodes[e].proprio[f] for e, f in zip(episode, frames)])
@@ -296,161 +289,3 @@ def _with_moments(
         )
 
     return sources.map(record)
-
-
-def measure_fidelity(
-    config: Config,
-    world: UMMWorld,
-    params: Params,
-    train: list[Episode],
-    episodes: list[Episode],
-    directory: Path,
-) -> dict:
-    """Numbers of the held-out `episodes`: images per view beside copy-last-frame, what the actions
-    do to them (`action_response`), reward, error against horizon.
-
-    Writes film strips to `fidelity.npz`: `real/CAMERA` and `imagined/CAMERA`, uint8
-    [strips, n + 1, H, W, 3], the first frame being the common start.
-    """
-    builder = observation_builder(config)
-    source = transitions(episodes, builder, config.chunk)
-    if not len(source):
-        raise StageError(
-            "no held-out transitions; raise --config.world_model.holdout_fraction or collect more"
-        )
-    chosen = collate([source[i] for i in spread(len(source), FIDELITY_TRANSITIONS)])
-    judged = answers(world, params, episodes, builder)
-    key = jax.random.key(stream(config.seed, "fidelity"))
-    imagined = metrics.imagine_chunk(world, params, chosen, key)
-    report = {
-        "held_out_transitions": len(source),
-        "fidelity": metrics.fidelity(chosen, imagined.images),
-        "imagination": action_response(world, params, source, episodes, chosen, imagined)
-        | {"gripper_cm": gripper_errors(train, chosen, imagined.images)},
-        "reward": metrics.classification(*judged[:2])
-        | {"f1_interval": metrics.f1_interval(*judged), "episodes": len(episodes)},
-    }
-    if world.config.proprio_dim:
-        report["proprio"] = metrics.proprio_error(chosen, imagined.proprio)
-    sequences = transition_sequences(episodes, builder, config.chunk, config.world_model.horizon)
-    if not len(sequences):
-        return report
-    some = collate([sequences[i] for i in spread(len(sequences), 64)])
-    observation = jax.tree.map(lambda x: x[:, 0], some.observation)
-    actions, seen = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), (some.actions, some.next_images))
-    imagined = metrics.imagine_open_loop(world, params, observation, actions, key)
-    report["horizon"] = _plain(metrics.horizon_curve(observation.images, imagined, seen))
-    _save_film_strips(observation.images, imagined, seen, directory / "fidelity.npz")
-    return report
-
-
-def action_response(
-    world: UMMWorld,
-    params: Params,
-    source: Source,
-    episodes: list[Episode],
-    chosen: Transition,
-    imagined: Observation,
-) -> dict:
-    """Whether imagined frames follow the actions: per view "unexplained" and "response" (see
-    `metrics`) of the `chosen` transitions of `source`, and "true_chunk_first": the share of
-    cases in which, of the true chunk and 15 of other episodes at the nearest time steps, the true
-    one gives the frames nearest to the real ones."""
-    key = jax.random.key(0)
-    now, truth = chosen.observation.images, chosen.next_images
-    order = np.random.default_rng(0).permutation(len(chosen.actions))
-    other = metrics.imagine_chunk(
-        world, params, chosen.replace(actions=chosen.actions[order]), key
-    ).images
-    views = {
-        c: {
-            "unexplained": metrics.unexplained(now[c], imagined.images[c], truth[c]),
-            "response": metrics.response(now[c], imagined.images[c], other[c], truth[c]),
-        }
-        for c in world.cameras
-    }
-    episode, time = (
-        source.index[:, 0],
-        np.array([episodes[e].timesteps[f] for e, f in source.index[:, :2]]),
-    )
-    cases = []
-    for i in spread(len(source), RANKED_TRANSITIONS):
-        elsewhere = np.flatnonzero(episode != episode[i])
-        nearest = elsewhere[np.argsort(np.abs(time[elsewhere] - time[i]), kind="stable")]
-        nearest = nearest[: RANKED_CHUNKS - 1]
-        if len(nearest) == RANKED_CHUNKS - 1:
-            real = source[i]
-            cases += [real.replace(actions=source[j].actions) for j in (i, *nearest)]
-    errors = np.zeros((len(cases) // RANKED_CHUNKS, RANKED_CHUNKS))
-    if cases:
-        ranked = collate(cases)
-        frames = metrics.imagine_chunk(world, params, ranked, key).images
-        for c in world.cameras:
-            real = ranked.next_images[c].astype(np.float32)
-            error = np.square(frames[c] - real).mean((1, 2, 3))
-            change = np.square(real - ranked.observation.images[c]).mean((1, 2, 3))
-            errors += (error / (change + 1)).reshape(errors.shape)
-    first = metrics.rank_of_truth(errors) if cases else None
-    return {"views": views, "true_chunk_first": first, "ranked": len(errors)}
-
-
-def gripper_errors(train: list[Episode], chosen: Transition, imagined: Images) -> dict:
-    """Median distance (cm) between the gripper's position and what `gripper_probes` read of it from
-    the views a chunk later: camera -> {"real", "imagined"}."""
-    position, errors = chosen.next_proprio[:, :3], {}
-    for camera, read in gripper_probes(train, list(imagined)).items():
-        views = {"real": chosen.next_images[camera], "imagined": imagined[camera]}
-        errors[camera] = {
-            name: float(100 * np.median(np.linalg.norm(read(x) - position, axis=-1)))
-            for name, x in views.items()
-        }
-    return errors
-
-
-def gripper_probes(
-    episodes: list[Episode], cameras: Sequence[str]
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Camera -> the function (`metrics.fit_probe`) that reads the gripper's position (metres; the
-    first three values of proprioception) from its frames, fitted to real ones."""
-    places = [(e, f) for e in episodes for f in range(len(e.timesteps))]
-    chosen = [places[i] for i in spread(len(places), PROBE_FRAMES)]
-    position = np.stack([e.proprio[f, :3] for e, f in chosen])
-    return {
-        camera: metrics.fit_probe(np.stack([e.images[camera][f] for e, f in chosen]), position)
-        for camera in cameras
-    }
-
-
-def answers(
-    world: WorldModel, params: Params, episodes: list[Episode], builder: ObservationBuilder
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """P(Yes), label and number of the episode of every labelled frame of the episodes."""
-    examples = reward_examples(episodes, builder)
-    reward = jax.jit(metrics.judge(world))
-    probabilities, labels = [], []
-    for first in range(0, len(examples), 128):
-        rows = [examples[i] for i in range(first, min(first + 128, len(examples)))]
-        batch = collate(rows + [rows[-1]] * (128 - len(rows)))
-        probabilities.append(np.asarray(reward(params, batch.observation))[: len(rows)])
-        labels.append(batch.label[: len(rows)])
-    return np.concatenate(probabilities), np.concatenate(labels), examples.index[:, 0]
-
-
-def _save_film_strips(start: Images, imagined: Images, seen: Images, path: Path) -> None:
-    arrays = {}
-    for camera, first in start.items():
-        rows = spread(len(first), FILM_STRIPS)
-        for name, frames in (("imagined", imagined[camera]), ("real", seen[camera])):
-            strip = np.concatenate([first[None], frames])[:, rows]
-            arrays[f"{name}/{camera}"] = np.swapaxes(strip, 0, 1)
-    np.savez_compressed(path, **arrays)
-
-
-def _plain(numbers):
-    """The same tree with Python's numbers and lists, for JSON."""
-    return jax.tree.map(lambda x: np.asarray(x).tolist(), numbers)
-
-
-def spread(total: int, wanted: int) -> np.ndarray:
-    """At most `wanted` indices spread evenly over range(total)."""
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))

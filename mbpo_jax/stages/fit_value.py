@@ -23,7 +23,7 @@ from mbpo_jax.stages.build import (
     Config,
     abstract_params,
     build_policy,
-    build_world_model,
+    load_world_model,
     observation_builder,
 )
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
@@ -52,10 +52,8 @@ def fit_value(workspace: Workspace, directory: Path) -> dict:
     if not config.value.steps:
         save_params(directory / "critic", params["critic"])
         return {"steps": 0}
-    world = build_world_model(config)
-    world_params = world.for_inference(
-        load_params(workspace.directory("world_model") / "world_model", abstract_params(world))
-    )
+    world, world_params = load_world_model(config, workspace.root)
+    world_params = world.for_inference(world_params)
     train, held_out = world_model_episodes(workspace)
     tables = [
         value_table(config, policy, params, world, world_params, episodes)

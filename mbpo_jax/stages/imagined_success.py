@@ -11,17 +11,11 @@ import numpy as np
 from mbpo_jax.data.pipelines import branch_starts, collate
 from mbpo_jax.mbpo import imagine
 from mbpo_jax.seeds import stream
-from mbpo_jax.stages.build import (
-    abstract_params,
-    build_world_model,
-    load_policy,
-    observation_builder,
-)
+from mbpo_jax.stages.build import load_policy, load_world_model, observation_builder
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.imagination import branch_keys
-from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
+from mbpo_jax.stages.statistics import mcnemar_exact, success_rate
 from mbpo_jax.stages.workspace import StageError, Workspace
-from mbpo_jax.training.checkpoints import load_params
 
 START_STATES = 128
 
@@ -36,10 +30,7 @@ def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
     config = workspace.config
     for stage in ("sft", "world_model", "improve"):
         workspace.require(stage)
-    world = build_world_model(config)
-    world_params = load_params(
-        workspace.directory("world_model") / "world_model", abstract_params(world)
-    )
+    world, world_params = load_world_model(config, workspace.root)
     _, held_out = world_model_episodes(workspace)
     states = branch_starts(held_out, observation_builder(config))
     if not len(states):
@@ -78,20 +69,10 @@ def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
         "held_out_episodes": len(held_out),
         "start_states": START_STATES,
         "chunks": config.world_model.horizon,
-        "policies": {name: _rate(x) for name, x in succeeded.items()},
+        "policies": {name: success_rate(int(x.sum()), len(x)) for name, x in succeeded.items()},
         "paired": {
             "sft_only": first,
             "improved_only": second,
             "p_value": mcnemar_exact(first, second),
         },
-    }
-
-
-def _rate(succeeded: np.ndarray) -> dict:
-    successes, trials = int(succeeded.sum()), len(succeeded)
-    return {
-        "episodes": trials,
-        "successes": successes,
-        "success_rate": successes / trials,
-        "interval": list(wilson_interval(successes, trials)),
     }

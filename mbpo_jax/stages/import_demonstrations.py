@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.formats import summary
-from mbpo_jax.data.formats.recording import Entry, Facts, Layout, Names, convert, describe
+from mbpo_jax.data.formats.conversion import Facts, Layout, convert, describe
+from mbpo_jax.data.formats.recording import Entry, Names
 from mbpo_jax.data.spool import EpisodeSpool
 from mbpo_jax.envs.suites import SUITES, task_info
 from mbpo_jax.episode import Episode

@@ -23,6 +23,16 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     return low, high
 
 
+def success_rate(successes: int, trials: int) -> dict:
+    """How many episodes succeeded, with the 95 % Wilson interval of their share."""
+    return {
+        "episodes": trials,
+        "successes": successes,
+        "success_rate": successes / trials,
+        "interval": list(wilson_interval(successes, trials)),
+    }
+
+
 def mcnemar_exact(first_only: int, second_only: int) -> float:
     """Two-sided exact McNemar test: the p-value of the discordant pairs under a fair coin.
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     BestN,
@@ -51,7 +52,6 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._origin = json.loads(json.dumps(origin or {}))
-        self._best = best
         policies, score = [LatestN(keep)], None
         if best is not None:
 
@@ -71,13 +71,6 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest complete state, or None."""
         return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """Step of the state with the highest metric, or None."""
-        self._manager.wait_until_finished()
-        scores = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        measured = [step for step, metrics in scores.items() if metrics]
-        return max(measured, key=lambda step: scores[step][self._best], default=None)
 
     def save(
         self,
@@ -135,12 +128,6 @@ class Checkpoints:
             )
         return self._restore_arrays(like, step), record["progress"]
 
-    def restore_part(self, like: Any, step: int | None = None) -> Any:
-        """The entries of a state that `like` has, e.g. {"params": {"actor": ...}}, nested dicts.
-        Any origin will do. Raises ValueError where the state is incomplete or corrupt."""
-        step = self.latest_step() if step is None else step
-        return self._restore_arrays(like, step, partial_restore=True)
-
     def close(self) -> None:
         """Waits for the writing; raises as `save` does."""
         self.wait()
@@ -169,10 +156,12 @@ class Checkpoints:
             "or starts again"
         )
 
-    def _restore_arrays(self, like, step, **options):
+    def _restore_arrays(self, like, step):
         state = epath.Path(self.directory / str(step) / "state")
         check_readable(state, self._without(step))
-        args = _pytree_restore(like, **options)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=arguments)
         return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
     def _require_space(self, state) -> None:
@@ -225,14 +214,9 @@ def load_params(directory: Path, like: Params) -> Params:
         return checkpointer.restore(directory, abstract)
 
 
-def flat_entries(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat_entries(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of nested dicts under dotted names."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, child in tree.items():
-        flat |= flat_entries(child, f"{prefix}.{key}" if prefix else key)
-    return flat
+    return flatten_dict(tree, sep=".")
 
 
 def differences(before: Any, now: Any) -> list[str]:
@@ -243,9 +227,3 @@ def differences(before: Any, now: Any) -> list[str]:
         for key in sorted(before.keys() | now.keys())
         if before.get(key, "absent") != now.get(key, "absent")
     ]
-
-
-def _pytree_restore(like: Any, **options) -> ocp.args.PyTreeRestore:
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return ocp.args.PyTreeRestore(abstract, restore_args=arguments, **options)

@@ -1,4 +1,4 @@
-"""Camera images to latents in the units that the world model works in, and back."""
+"""Camera images to scaled latents, and back."""
 
 import dataclasses
 
@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from mbpo_jax.nn import vae
+from mbpo_jax.nn import navit, vae
 from mbpo_jax.types import Params
-from mbpo_jax.world_model import bagel, perceptual
+from mbpo_jax.world_model import perceptual
 from mbpo_jax.world_model.config import UMMConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """The VAE (parameters "vae") between images of `image_size` pixels per side and latents that
-    are standardised per channel (parameters "statistics")."""
+    """The VAE (parameters "vae") between images of `image_size` pixels per side and latents."""
 
     config: UMMConfig
     image_size: int
@@ -51,27 +50,16 @@ class Autoencoder:
         pixels = resize(to_pixels(images), self.config.vae_image_size)
         return jnp.concatenate(vae.moments(params["vae"], self.config.vae, pixels), axis=-1)
 
-    def latents(
-        self, params: Params, moments: Float[Array, "B h w 2*z"], key: Array | None
-    ) -> Float[Array, "B h w z"]:
-        """Standardised latents: a posterior sample where there is a key and the model is BAGEL's
-        ("velocity"), else the mean."""
-        stats = params["statistics"]
+    def latents(self, moments: Float[Array, "B h w 2*z"], key: Array) -> Float[Array, "B h w z"]:
+        """Scaled posterior samples."""
         mean, log_variance = jnp.split(moments, 2, axis=-1)
-        if self.config.prediction == "velocity" and key is not None:
-            mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-        scaled = vae.scale_latents(self.config.vae, mean)
-        return (scaled - stats["latent_mean"]) / stats["latent_std"]
-
-    def encode(self, params: Params, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w z"]:
-        """Posterior means, standardised."""
-        return self.latents(params, self.moments(params, images), None)
+        raw = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        return vae.scale_latents(self.config.vae, raw)
 
     def decode(self, params: Params, tokens: Float[Array, "B n v"]) -> Float[Array, "B H W 3"]:
-        """Pixels in about [-1, 1], not clipped, of tokens of standardised latents."""
-        side, stats = self.config.latent_side, params["statistics"]
-        latents = bagel.latents_from_tokens(tokens, side, side, self.config.latent_patch)
-        latents = latents * stats["latent_std"] + stats["latent_mean"]
+        """Pixels in about [-1, 1], not clipped, of latent tokens."""
+        side = self.config.latent_side
+        latents = navit.unpatchify(tokens, side, side, self.config.latent_patch)
         return resize(vae.decode(params["vae"], self.config.vae, latents), self.image_size)
 
 

@@ -1,7 +1,7 @@
 """BAGEL as one model (arXiv 2505.14683): text, ViT and VAE tokens as segments of the decoder, and
 the heads that read images and answers back.
 
-Parameters: {"mot", "vit", "adapters", "position_tables"}. Letters as in `models.qwen2_mot`.
+Parameters: {"mot", "vit", "adapters", "position_tables"}. Letters as in `nn.qwen2_mot`.
 """
 
 import itertools
@@ -73,8 +73,6 @@ def init_adapters(config: UMMConfig, action_dim: int, key: Array) -> Params:
         adapters["llm2vae"] = zero_head(token)
     if config.actions_as == "embedding":
         adapters["action2llm"] = dense(next(keys), action_dim, d)
-    if config.prediction == "residual":
-        adapters["current2llm"] = dense(next(keys), token, d)
     if config.proprio_dim:
         adapters["proprio2llm"] = dense(next(keys), config.proprio_dim, d)
         adapters["llm2proprio"] = zero_head(config.proprio_dim)
@@ -105,20 +103,6 @@ def embed_time(params: Params, t: Float[Array, "*B"]) -> Float[Array, "*B D"]:
     """Flow-time embedding: Linear, SiLU, Linear."""
     weights = params["adapters"]["time_embedder"]
     return linear(weights["fc2"], jax.nn.silu(linear(weights["fc1"], time_features(t))))
-
-
-def tokens_from_latents(latents: Float[Array, "B h w z"], patch: int) -> Float[Array, "B n v"]:
-    """Row-major latent tokens, each (row in patch, column in patch, channel)."""
-    return navit.patchify(latents, patch)
-
-
-def latents_from_tokens(
-    tokens: Float[Array, "B n v"], rows: int, columns: int, patch: int
-) -> Float[Array, "B h w z"]:
-    """Inverse of `tokens_from_latents`; rows and columns count tokens."""
-    b = tokens.shape[0]
-    x = tokens.reshape(b, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, rows * patch, columns * patch, -1)
 
 
 def _no_gen(und):
@@ -208,20 +192,16 @@ def latent_segment(
     rows: int,
     columns: int,
     t: Float[Array, "B"] | None = None,
-    current: Float[Array, "B n v"] | None = None,
 ) -> Segment:
     """A picture as VAE tokens between its markers.
 
     Args:
         tokens: clean latent tokens, or noised ones of flow time `t`.
         t: None for a clean condition image (embedded as time 0).
-        current: clean tokens of the frame that a residual target is the difference to.
     """
     ids = navit.grid_ids(rows, columns, config.max_latent_side)
     time = jnp.zeros(tokens.shape[:1]) if t is None else t
     x = embed_latents(params, config, tokens, ids, time[:, None])
-    if current is not None:
-        x = x + linear(params["adapters"]["current2llm"], current)
     x = x.astype(config.mot.dtype)
     attention = "full" if t is None else "noise"
     return Segment(_markers(params, config, tokenizer, x.shape[0]), x, None, attention)

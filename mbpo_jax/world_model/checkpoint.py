@@ -1,5 +1,4 @@
-"""Released BAGEL checkpoints (layout of ByteDance-Seed/BAGEL-7B-MoT): read into sharded arrays,
-written back exactly.
+"""Released BAGEL checkpoints (layout of ByteDance-Seed/BAGEL-7B-MoT): read into sharded arrays.
 
 A directory holds `ema.safetensors` (or `model.safetensors`), `ae.safetensors`, `llm_config.json`
 and `vit_config.json`. Sizes that the JSON files leave out are read off the arrays' shapes.
@@ -17,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mbpo_jax.nn import vae as vae_model
 from mbpo_jax.nn.navit import NaViTConfig
@@ -37,8 +35,6 @@ _ADAPTERS = {
     "time_embedder.fc1": "time_embedder.mlp.0",
     "time_embedder.fc2": "time_embedder.mlp.2",
 }
-# Part of a world model, not of a released checkpoint.
-_OWN_ADAPTERS = ("action2llm", "current2llm", "proprio2llm", "llm2proprio")
 
 
 def load_bagel(
@@ -67,79 +63,16 @@ def load_bagel(
     released = dataclasses.replace(config, actions_as="text", prediction="velocity", proprio_dim=0)
     tree = jax.eval_shape(lambda: _fresh(released, 0))
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = {_path(path): _sources(_path(path), leaf.shape) for path, leaf in leaves}
-    # A world model that was saved again carries its own adapters too.
-    extra = sorted(n for n in shapes if n.split(".")[0] in _OWN_ADAPTERS)
-    _account(directory, names, {_path(path): leaf.shape for path, leaf in leaves}, shapes, extra)
+    names = {dotted(path): released_names(dotted(path), leaf.shape) for path, leaf in leaves}
+    _account(directory, names, {dotted(path): leaf.shape for path, leaf in leaves}, shapes)
 
     placed = shardings(tree) if shardings else None
     placed = jax.tree.leaves(placed) if placed is not None else [None] * len(leaves)
     arrays = [
-        _read(names[_path(path)], _path(path), leaf.shape, with_weights, sharding)
+        _read(names[dotted(path)], dotted(path), leaf.shape, with_weights, sharding)
         for (path, leaf), sharding in zip(leaves, placed)
     ]
-    params = jax.tree_util.tree_unflatten(structure, arrays)
-    for name in extra:
-        adapter, kind = name.split(".")
-        array = with_weights[name].get_tensor(name)
-        leaf = {"kernel": array.T} if kind == "weight" else {"bias": array}
-        params["adapters"].setdefault(adapter, {}).update(jax.tree.map(jax.numpy.asarray, leaf))
-    return config, params
-
-
-def save_bagel(directory: str | Path, config: UMMConfig, params: Params) -> None:
-    """Writes the layout that `load_bagel` reads; other keys of `params` are left out.
-
-    Raises:
-        ValueError: the directory already holds a checkpoint.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if any((directory / name).exists() for name in MODEL_FILES):
-        raise ValueError(f"{directory} already holds a checkpoint: choose another directory.")
-    named = export_arrays({k: v for k, v in params.items() if k != "statistics"})
-    of_vae = {n: x for n, x in named.items() if n.startswith(("encoder.", "decoder."))}
-    save_file({n: x for n, x in named.items() if n not in of_vae}, directory / MODEL_FILES[0])
-    save_file(of_vae, directory / VAE_FILE)
-    mot, vit, vae = config.mot, config.vit, config.vae
-    documents = {
-        "llm_config.json": {
-            "model_type": "qwen2",
-            "hidden_size": mot.hidden_size,
-            "intermediate_size": mot.mlp_size,
-            "num_hidden_layers": mot.num_layers,
-            "num_attention_heads": mot.num_heads,
-            "num_key_value_heads": mot.num_kv_heads,
-            "rms_norm_eps": mot.norm_eps,
-            "rope_theta": mot.rope_theta,
-            "vocab_size": mot.vocab_size,
-        },
-        "vit_config.json": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": vit.hidden_size,
-            "intermediate_size": vit.mlp_size,
-            # The released file counts one layer more than the weights have.
-            "num_hidden_layers": vit.num_layers + 1,
-            "num_attention_heads": vit.num_heads,
-            "patch_size": vit.patch_size,
-            "layer_norm_eps": vit.norm_eps,
-        },
-        "vae_config.json": {"scale_factor": vae.scale_factor, "shift_factor": vae.shift_factor},
-    }
-    for name, document in documents.items():
-        (directory / name).write_text(json.dumps(document, indent=1), encoding="utf-8")
-
-
-def export_arrays(params: Params) -> dict[str, np.ndarray]:
-    """Arrays under their released names, in PyTorch's layouts."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = _path(path)
-        sources = _sources(path, leaf.shape)
-        for i, name in enumerate(sources):
-            array = np.asarray(leaf[i] if _stacked(path) else leaf)
-            named[name] = np.ascontiguousarray(_transpose(path, name, array))
-    return named
+    return config, jax.tree_util.tree_unflatten(structure, arrays)
 
 
 def read_config(
@@ -252,15 +185,17 @@ def _fresh(config: UMMConfig, seed: int) -> Params:
     return {**bagel.init(config, 1, key), "vae": vae_model.init(config.vae, key)}
 
 
-def _path(path) -> str:
+def dotted(path: tuple) -> str:
+    """A leaf's path in the parameters with dots."""
     return ".".join(str(entry.key) for entry in path)
 
 
-def _stacked(path: str) -> bool:
+def is_stacked(path: str) -> bool:
+    """Whether the array at `path` holds all layers, one after the other."""
     return path.startswith(("mot.layers.", "vit.layers."))
 
 
-def _sources(path: str, shape: tuple[int, ...]) -> list[str]:
+def released_names(path: str, shape: tuple[int, ...]) -> list[str]:
     """Released names of the array at `path`; one per layer where layers are stacked."""
     room, rest = path.split(".", 1)
     if room == "position_tables":
@@ -302,26 +237,19 @@ def _with_expert(module, expert):
     return f"{module}_moe_gen"
 
 
-def _transpose(path: str, name: str, array: np.ndarray) -> np.ndarray:
-    """From our layout (one layer) to PyTorch's: [in, out] -> [out, in], HWIO -> OIHW."""
-    if not path.endswith(".kernel"):
-        return array
-    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
-
-
 def _released_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = shape[1:] if _stacked(path) else shape
+    shape = shape[1:] if is_stacked(path) else shape
     if not path.endswith(".kernel"):
         return shape
     return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
-def _account(directory, names, ours, shapes, extra):
+def _account(directory, names, ours, shapes):
     expected = {
         name: _released_shape(path, ours[path]) for path, group in names.items() for name in group
     }
     missing = sorted(set(expected) - set(shapes))
-    unexpected = sorted(set(shapes) - set(expected) - set(extra))
+    unexpected = sorted(set(shapes) - set(expected))
     wrong = [
         f"{n}: {shapes[n]} instead of {expected[n]}"
         for n in sorted(set(expected) & set(shapes))
@@ -337,10 +265,10 @@ def _account(directory, names, ours, shapes, extra):
 
 def _read(sources, path, shape, files, sharding):
     def part(index):
-        rows = range(*index[0].indices(shape[0])) if _stacked(path) else [0]
-        inner = index[1:] if _stacked(path) else index
+        rows = range(*index[0].indices(shape[0])) if is_stacked(path) else [0]
+        inner = index[1:] if is_stacked(path) else index
         layers = [_read_one(files, sources[i], path, inner) for i in rows]
-        return np.stack(layers) if _stacked(path) else layers[0]
+        return np.stack(layers) if is_stacked(path) else layers[0]
 
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

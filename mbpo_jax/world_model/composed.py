@@ -18,8 +18,9 @@ from mbpo_jax.nn.qwen2_mot import Segment, empty_cache
 from mbpo_jax.types import Observation, Params, Transition, WorldState
 from mbpo_jax.world_model import bagel, composition
 from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8
+from mbpo_jax.world_model.frames import Frame, flatten, restore
 from mbpo_jax.world_model.statistics import composition_statistics, neutral_statistics
-from mbpo_jax.world_model.umm_world import Frame, UMMWorld, flatten, restore
+from mbpo_jax.world_model.umm_world import UMMWorld
 
 _PROPRIO_WEIGHT = 0.2  # of proprioception in the loss, beside the views' mean
 
@@ -36,9 +37,8 @@ class ComposedWorld(UMMWorld):
         statistics = neutral_statistics(self.config, self.cameras, self.action_dim)
         return {**params, "statistics": statistics}
 
-    def measured(self, params: Params, transitions: Transition) -> Params:
+    def measured(self, transitions: Transition) -> Params:
         """The statistics of these transitions [N]."""
-        del params
         return composition_statistics(self.config, self.cameras, transitions)
 
     def precompute(self, params: Params, observation: Observation, key: Array) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mbpo_jax.nn import navit
 from mbpo_jax.nn.layers import dense
 from mbpo_jax.types import Params
 
@@ -38,13 +39,6 @@ def init(key: Array, cameras: Sequence[str], patch: int, width: int) -> Params:
         }
         for i, camera in enumerate(cameras)
     }
-
-
-def unpatchify(tokens: Float[Array, "B n v"], side: int, patch: int) -> Float[Array, "B H W C"]:
-    """Inverse of `navit.patchify` for square pictures of `side` x `side` patches."""
-    b = tokens.shape[0]
-    x = tokens.reshape(b, side, side, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, side * patch, side * patch, -1)
 
 
 def warp(picture: Float[Array, "B H W 3"], flow: Float[Array, "B H W 2"]) -> Array:
@@ -80,7 +74,7 @@ def compose(
     """
     side, values = current.shape[1] // patch, 3 * patch**2
     new, logits, flow = jnp.split(output.astype(jnp.float32), [values, 2 * values], axis=-1)
-    new, logits = (unpatchify(x, side, patch) for x in (new, logits))
+    new, logits = (navit.unpatchify(x, side, side, patch) for x in (new, logits))
     flow = patch * flow.reshape(len(flow), side, side, 2)
     flow = jax.image.resize(flow, (*current.shape[:3], 2), "bilinear")
     mask = jax.nn.softmax(logits + jnp.asarray(_FRESH_LOGITS), axis=-1)

@@ -37,12 +37,10 @@ class UMMConfig:
     vit_image_size: int  # pixels per side of a picture entering the ViT
     latent_patch: int  # latents per side of one token; pixels, where views are composed
     max_latent_side: int  # side of the grid that the latent position table indexes
-    # "velocity": rectified flow on latents. "residual": the network predicts the clean difference
-    # to the current frame's latents (x-prediction), and decoding adds the decoded difference to the
-    # current pixels, which cancels the VAE's reconstruction error. "composed": no latents; one pass
-    # gives the next picture as a mixture of the current one, of that moved, and of new pixels
-    # (`composition`), every view's stage reads the actions, and views are trained behind imagined
-    # earlier ones, as they are imagined.
+    # "velocity": rectified flow on latents. "composed": no latents; one pass gives the next picture
+    # as a mixture of the current one, of that moved, and of new pixels (`composition`), every
+    # view's stage reads the actions, and views are trained behind imagined earlier ones, as they
+    # are imagined.
     prediction: str = "velocity"
     # Later views are generated from the earlier views at t+k (interleaved view decoding); if False,
     # every view on its own from all current views and the actions.
@@ -129,7 +127,6 @@ def latent() -> UMMConfig:
         vit_image_size=64,
         latent_patch=2,
         max_latent_side=4,
-        prediction="residual",
         actions_as="embedding",
         targets_per_example=2,
         train_timestep_shift=4.0,
@@ -149,7 +146,6 @@ def latent_small() -> UMMConfig:
         vit_image_size=128,
         latent_patch=2,
         max_latent_side=8,
-        prediction="residual",
         actions_as="embedding",
         targets_per_example=2,
         train_timestep_shift=4.0,
@@ -192,3 +188,38 @@ def variant(name: str) -> UMMConfig:
     if name not in VARIANTS:
         raise ValueError(f"No world model called {name!r}; there are {', '.join(VARIANTS)}.")
     return VARIANTS[name]()
+
+
+def check_config(config: UMMConfig, vocab_size: int) -> None:
+    """Raises ValueError where the entries, or they and a tokenizer of so many tokens, do not fit
+    together."""
+    if vocab_size > config.mot.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {vocab_size} tokens, the model's vocab_size is "
+            f"{config.mot.vocab_size}: raise the latter."
+        )
+    choices = {
+        "prediction": ("velocity", "composed"),
+        "actions_as": ("text", "embedding"),
+    }
+    for field, values in choices.items():
+        if getattr(config, field) not in values:
+            raise ValueError(f"{field} is {getattr(config, field)!r}, expected one of {values}.")
+    if (config.vae is None) != (config.prediction == "composed"):
+        raise ValueError(
+            f"prediction is {config.prediction!r} and vae is {config.vae}: views are composed of "
+            "pixels without an autoencoder, and otherwise made of its latents."
+        )
+    if config.evaluate_every < 1:
+        raise ValueError(f"evaluate_every is {config.evaluate_every}, expected 1 or more.")
+    stride = config.token_stride
+    if config.vae_image_size % stride or config.latent_side > config.max_latent_side:
+        raise ValueError(
+            f"vae_image_size {config.vae_image_size} must be a multiple of {stride} and at most "
+            f"{stride * config.max_latent_side}."
+        )
+    if config.vit_image_size % config.vit.patch_size:
+        raise ValueError(
+            f"vit_image_size {config.vit_image_size} must be a multiple of the ViT's patch size "
+            f"{config.vit.patch_size}."
+        )

@@ -71,15 +71,11 @@ def predict(
     t: Float[Array, "B"],
     rows: int,
     columns: int,
-    current: Float[Array, "B n v"] | None = None,
 ) -> Float[Array, "B n v"]:
     """The velocity (noise - clean) of noised tokens x at flow time t, of which equal parts of the
     rows are under each of the contexts."""
-    segment = bagel.latent_segment(params, config, tokenizer, x, rows, columns, t, current)
-    output = bagel.read_latents(params, bagel.forward(params, config, [segment], *contexts)[1])
-    if config.prediction == "residual":
-        return (x - output) / t[:, None, None]
-    return output
+    segment = bagel.latent_segment(params, config, tokenizer, x, rows, columns, t)
+    return bagel.read_latents(params, bagel.forward(params, config, [segment], *contexts)[1])
 
 
 def guided_velocity(
@@ -91,7 +87,6 @@ def guided_velocity(
     t: Array,
     rows: int,
     columns: int,
-    current: Array | None = None,
 ) -> Float[Array, "B n v"]:
     """`predict` under all contexts present, in one batch, combined by `guidance.combine`.
 
@@ -102,11 +97,9 @@ def guided_velocity(
     present = [c for c in present if c is not None]
     distinct = list({id(c): c for c in present}.values())
 
-    def tile(y):
-        return None if y is None else jnp.concatenate([y] * len(distinct), axis=0)
-
+    tiled = jnp.concatenate([x] * len(distinct), axis=0)
     times = jnp.full((len(distinct) * x.shape[0],), t)
-    v = predict(params, config, tokenizer, distinct, tile(x), times, rows, columns, tile(current))
+    v = predict(params, config, tokenizer, distinct, tiled, times, rows, columns)
     if len(present) == 1:
         return v
     found = {id(c): part for c, part in zip(distinct, jnp.split(v, len(distinct), axis=0))}
@@ -121,10 +114,9 @@ def generate(
     noise: Float[Array, "B n v"],
     rows: int,
     columns: int,
-    current: Float[Array, "B n v"] | None = None,
 ) -> Float[Array, "B n v"]:
     """Tokens at t = 0 by Euler steps x <- x - v (t_i - t_{i+1}) from `noise` at t = 1."""
-    return trajectory(params, config, tokenizer, contexts, noise, rows, columns, current)[0]
+    return trajectory(params, config, tokenizer, contexts, noise, rows, columns)[0]
 
 
 def trajectory(
@@ -135,7 +127,6 @@ def trajectory(
     noise: Float[Array, "B n v"],
     rows: int,
     columns: int,
-    current: Float[Array, "B n v"] | None = None,
 ) -> tuple[Array, Array, Array]:
     """`generate`, with the states and velocities [steps, B, n, v] of every step.
 
@@ -152,7 +143,7 @@ def trajectory(
         used = contexts if guide else Contexts(contexts.full)
 
         def evaluate(x, t, used=used):
-            return guided_velocity(params, config, tokenizer, used, x, t, rows, columns, current)
+            return guided_velocity(params, config, tokenizer, used, x, t, rows, columns)
 
         t, size = (jnp.asarray(column) for column in np.asarray([step[:2] for step in run]).T)
         nothing = (jnp.zeros_like(x), jnp.full((), 2.0)), (jnp.zeros_like(x), jnp.full((), 3.0))

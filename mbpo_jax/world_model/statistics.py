@@ -2,53 +2,25 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mbpo_jax.nn.normalization import BOUND
 from mbpo_jax.types import Params, Transition
-from mbpo_jax.world_model.autoencoder import Autoencoder
 from mbpo_jax.world_model.config import UMMConfig
 
 
 def neutral_statistics(config: UMMConfig, cameras: Sequence[str], action_dim: int) -> Params:
     """Statistics that change nothing, as released models have them."""
-    p, one = config.proprio_dim, jnp.ones(())
+    statistics, p = {}, config.proprio_dim
     if config.prediction == "composed":
         statistics = {
             "actions": {"mean": jnp.zeros(action_dim), "std": jnp.ones(action_dim)},
-            "pixel_change": dict.fromkeys(cameras, one),
-        }
-    else:
-        z = config.vae.z_channels
-        statistics = {
-            "latent_mean": jnp.zeros(z),
-            "latent_std": jnp.ones(z),
-            "residual_scale": dict.fromkeys(cameras, one),
+            "pixel_change": dict.fromkeys(cameras, jnp.ones(())),
         }
     if p:
         statistics["proprio"] = {"mean": jnp.zeros(p), "std": jnp.ones(p), "change": jnp.ones(p)}
     return statistics
-
-
-def latent_statistics(
-    autoencoder: Autoencoder, cameras: Sequence[str], params: Params, transitions: Transition
-) -> Params:
-    """The latents' mean and standard deviation per channel and each view's root mean square of
-    changes, measured on transitions [N].
-
-    Needed once after training a VAE from scratch; released models keep 0, 1 and 1.
-    """
-    neutral = neutral_statistics(autoencoder.config, cameras, transitions.actions.shape[-1])
-    bare = {**params, "statistics": neutral}
-    encode = jax.jit(autoencoder.encode)
-    now = {c: encode(bare, transitions.observation.images[c]) for c in cameras}
-    later = {c: encode(bare, transitions.next_images[c]) for c in cameras}
-    pooled = jnp.concatenate(list(now.values()))
-    mean, std = pooled.mean((0, 1, 2)), pooled.std((0, 1, 2)) + 1e-6
-    scale = {c: jnp.sqrt(jnp.mean(jnp.square((later[c] - now[c]) / std))) + 1e-6 for c in cameras}
-    return {"latent_mean": mean, "latent_std": std, "residual_scale": scale}
 
 
 def proprio_statistics(config: UMMConfig, transitions: Transition) -> Params:

@@ -5,7 +5,6 @@ The first view at t+k is generated from all current views and the actions; every
 own current frame and the views already generated for t+k, without the actions.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jaxtyping import Array, Float
 
 from mbpo_jax.nn import navit, qwen2_mot, vae
@@ -23,31 +21,12 @@ from mbpo_jax.world_model import bagel, generation
 from mbpo_jax.world_model.actions import ActionText
 from mbpo_jax.world_model.autoencoder import Autoencoder, resize, to_pixels, to_uint8
 from mbpo_jax.world_model.bagel import Tokenizer
-from mbpo_jax.world_model.config import UMMConfig
+from mbpo_jax.world_model.config import UMMConfig, check_config
+from mbpo_jax.world_model.frames import Frame, check_views, flatten, restore
 from mbpo_jax.world_model.guidance import Contexts
-from mbpo_jax.world_model.statistics import (
-    latent_statistics,
-    neutral_statistics,
-    proprio_statistics,
-)
+from mbpo_jax.world_model.statistics import neutral_statistics, proprio_statistics
 
 Moments = Mapping[str, Array]  # per camera, what `Autoencoder.moments` gives
-
-
-@struct.dataclass
-class Frame:
-    """One view at one time, ready to condition on.
-
-    pixels: [B, H, W, 3] in [-1, 1]; tokens: clean latent tokens [B, n, v], None where views are
-    composed of pixels; features: ViT features
-    [B, m, F], None until something needs them; decoded: the picture [B, H, W, 3] of `tokens`, not
-    clipped, None where no residual is added to the frame.
-    """
-
-    pixels: Array
-    tokens: Array | None
-    features: Array | None
-    decoded: Array | None = None
 
 
 class UMMWorld:
@@ -74,7 +53,7 @@ class UMMWorld:
         tokenizer: Tokenizer,
         action_limits: Sequence[tuple[float, float]] | None = None,
     ):
-        _check_config(config, tokenizer)
+        check_config(config, tokenizer.vocab_size)
         self.config, self.cameras, self.tokenizer = config, tuple(cameras), tokenizer
         self.image_size, self.action_dim, self.chunk = image_size, action_dim, chunk
         self.autoencoder = Autoencoder(config, image_size)
@@ -99,13 +78,10 @@ class UMMWorld:
         params["statistics"] = neutral_statistics(self.config, self.cameras, self.action_dim)
         return params
 
-    def measured(self, params: Params, transitions: Transition) -> Params:
+    def measured(self, transitions: Transition) -> Params:
         """The statistics of these transitions [N], for a model that is trained on them from
         scratch; what a released model has stays as it is."""
-        found = proprio_statistics(self.config, transitions)
-        if self.config.prediction == "residual":
-            found |= latent_statistics(self.autoencoder, self.cameras, params, transitions)
-        return found
+        return proprio_statistics(self.config, transitions)
 
     def for_inference(self, params: Params) -> Params:
         """The same model in less memory: the transformers' matrices in the dtype of their products,
@@ -123,11 +99,8 @@ class UMMWorld:
 
     # Imagination
 
-    def precompute(
-        self, params: Params, observation: Observation, key: Array
-    ) -> dict[str, tuple[Array, Array | None]]:
-        """Per view what the autoencoder makes of it: clean latent tokens [*B, n, v], and their
-        picture [*B, H, W, 3] where residuals are added to it (else None).
+    def precompute(self, params: Params, observation: Observation, key: Array) -> dict[str, Array]:
+        """Per view its clean latent tokens [*B, n, v].
 
         Raises:
             ValueError: a view is missing, or an image has another shape.
@@ -135,13 +108,7 @@ class UMMWorld:
         self._check(observation)
         batch, (observation,) = flatten(observation)
         tokens = self._tokens(params, observation.images, key)
-        decoded = dict.fromkeys(self.cameras)
-        if self.config.prediction == "residual":
-            stacked = jnp.concatenate([tokens[c] for c in self.cameras])
-            parts = jnp.split(self.autoencoder.decode(params, stacked), len(self.cameras))
-            decoded = dict(zip(self.cameras, parts))
-        found = {c: (tokens[c], decoded[c]) for c in self.cameras}
-        return jax.tree.map(lambda x: restore(x, batch), found)
+        return jax.tree.map(lambda x: restore(x, batch), tokens)
 
     def encode(
         self, params: Params, observation: Observation, key: Array, precomputed: Any = None
@@ -160,10 +127,8 @@ class UMMWorld:
         self._check(observation)
         if precomputed is None:
             precomputed = self.precompute(params, observation, key)
-        batch, (observation, known) = flatten(observation, precomputed)
-        tokens = {c: known[c][0] for c in self.cameras}
+        batch, (observation, tokens) = flatten(observation, precomputed)
         frames = self._frames(params, observation.images, tokens, self._featured)
-        frames = {c: frames[c].replace(decoded=known[c][1]) for c in self.cameras}
         return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, frames))
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
@@ -194,11 +159,10 @@ class UMMWorld:
                 hidden, _ = bagel.forward(params, self.config, query, contexts.full)
                 change = bagel.read_proprio(params, hidden[:, -1])
                 proprio = proprio + params["statistics"]["proprio"]["change"] * change
-            target = frames[camera].tokens
-            noise = jax.random.normal(jax.random.fold_in(key, i), target.shape)
-            current = target if self.config.prediction == "residual" else None
-            tokens = self.view_tokens(params, [*prefix, *conditions], contexts, noise, current)
-            done[camera] = self._finish(params, camera, frames[camera], tokens)
+            shape = frames[camera].tokens.shape
+            noise = jax.random.normal(jax.random.fold_in(key, i), shape)
+            tokens = self.view_tokens(params, [*prefix, *conditions], contexts, noise)
+            done[camera] = self._finish(params, camera, tokens)
         images = {c: to_uint8(done[c].pixels) for c in self.cameras}
         observation = observation.replace(images=images, proprio=proprio)
         return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, done))
@@ -209,14 +173,11 @@ class UMMWorld:
         segments: Sequence[Segment],
         contexts: Contexts,
         noise: Float[Array, "B n v"],
-        current: Float[Array, "B n v"] | None,
     ) -> Float[Array, "B n v"]:
         """Sampled tokens of one view behind `contexts`, which hold `segments`."""
         del segments  # for subclasses that build contexts in another order
         side = self.config.latent_side
-        return generation.generate(
-            params, self.config, self.tokenizer, contexts, noise, side, side, current
-        )
+        return generation.generate(params, self.config, self.tokenizer, contexts, noise, side, side)
 
     def reward(self, params: Params, state: WorldState) -> Float[Array, "*B"]:
         """P(Yes) [*B] that the task is done, from the first view, in one forward pass."""
@@ -237,8 +198,6 @@ class UMMWorld:
     ) -> tuple[Array, dict[str, Array]]:
         """Flow-matching loss of every view's stage, conditioned on true frames, averaged, and the
         squared error of predicted proprioception where the config asks for it.
-
-        The error is that of the velocity, or of the residual itself in residual mode.
 
         Args:
             moments: `Autoencoder.moments` of the current and of the next images, where they were
@@ -266,12 +225,12 @@ class UMMWorld:
         metrics, done = {}, {}
         for camera, camera_key in zip(self.cameras, keys[2:]):
             conditions = self._conditions(params, camera, frames, done, action)
-            current, target = frames[camera], following[camera]
+            target = following[camera]
             query = []
             if camera == self.cameras[0] and self.config.proprio_dim:
                 query = [self._proprio_query(params, observation.proprio)]
             loss, hidden = self._stage_loss(
-                params, camera, [prompt, *conditions], current, target, query, camera_key
+                params, [prompt, *conditions], target, query, camera_key
             )
             metrics[f"dynamics/{camera}"] = loss
             if query:
@@ -282,28 +241,22 @@ class UMMWorld:
             done[camera] = target
         return sum(metrics.values()) / len(metrics), metrics
 
-    def _stage_loss(self, params, camera, context, current, target, query, key):
+    def _stage_loss(self, params, context, target, query, key):
         """Loss of one view, and the understanding tokens' hidden states: the last are those of
         `query`, which sees the context and no target."""
         config, count = self.config, self.config.targets_per_example
-        clean, residual = target.tokens, None
-        if config.prediction == "residual":
-            residual = current.tokens
-            clean = (clean - residual) / params["statistics"]["residual_scale"][camera]
-        clean = jax.lax.stop_gradient(clean)
-
+        clean = jax.lax.stop_gradient(target.tokens)
         time_key, noise_key = jax.random.split(key)
         draws = jax.random.normal(time_key, (count, clean.shape[0]))
         times = generation.training_times(draws, config.train_timestep_shift)
         noise = jax.random.normal(noise_key, (count, *clean.shape))
         t = times[..., None, None]
         noised = (1 - t) * clean + t * noise
-        segments = [self._latent_segment(params, x, t, residual) for x, t in zip(noised, times)]
+        segments = [self._latent_segment(params, x, t) for x, t in zip(noised, times)]
         und, hidden = bagel.forward(params, config, [*context, *segments, *query])
         output = bagel.read_latents(params, hidden[:, -count * clean.shape[1] :])
         output = jnp.moveaxis(output.reshape(clean.shape[0], count, *clean.shape[1:]), 1, 0)
-        goal = clean if config.prediction == "residual" else noise - clean
-        return jnp.mean(jnp.square(output - goal)), und
+        return jnp.mean(jnp.square(output - (noise - clean))), und
 
     def reward_loss(self, params: Params, example: RewardExample) -> tuple[Array, dict[str, Array]]:
         """Cross-entropy of the answer token "Yes" or "No", over the whole vocabulary.
@@ -336,19 +289,16 @@ class UMMWorld:
         picture = bagel.vit_segment(params, self.config, self.tokenizer, frame.features, side, side)
         return [self._latent_segment(params, frame.tokens), picture]
 
-    def _latent_segment(self, params, tokens, t=None, current=None):
+    def _latent_segment(self, params, tokens, t=None):
         side = self.config.latent_side
-        return bagel.latent_segment(
-            params, self.config, self.tokenizer, tokens, side, side, t, current
-        )
+        return bagel.latent_segment(params, self.config, self.tokenizer, tokens, side, side, t)
 
     def _prompt(self, params, observation):
         prompt: Prompt = observation.world_prompt
         return bagel.text_segment(params, self.config, prompt.tokens, prompt.mask)
 
     def _action(self, params, actions):
-        actions = (actions - self.action_centre) / self.action_scale
-        actions = jnp.clip(actions, -1.0, 1.0)
+        actions = jnp.clip((actions - self.action_centre) / self.action_scale, -1.0, 1.0)
         if self.config.actions_as == "text":
             return bagel.text_segment(params, self.config, *self.action_text(actions))
         return bagel.action_segment(params, self.config, self.tokenizer, actions)
@@ -405,8 +355,8 @@ class UMMWorld:
             return jnp.concatenate([views[c] for c in self.cameras])
 
         pooled = stacked(moments) if moments else self.autoencoder.moments(params, stacked(images))
-        latents = jax.lax.stop_gradient(self.autoencoder.latents(params, pooled, key))
-        tokens = bagel.tokens_from_latents(latents, self.config.latent_patch)
+        latents = jax.lax.stop_gradient(self.autoencoder.latents(pooled, key))
+        tokens = navit.patchify(latents, self.config.latent_patch)
         return dict(zip(self.cameras, jnp.split(tokens, len(self.cameras))))
 
     def _frames(self, params, images, tokens, with_features):
@@ -419,14 +369,10 @@ class UMMWorld:
             features |= dict(zip(with_features, parts))
         return {c: Frame(pixels[c], tokens[c], features[c]) for c in self.cameras}
 
-    def _finish(self, params, camera, current, tokens):
+    def _finish(self, params, camera, tokens):
         """The generated frame of a view, from the sampler's final tokens."""
-        residual = self.config.prediction == "residual"
-        if residual:
-            tokens = current.tokens + params["statistics"]["residual_scale"][camera] * tokens
-        decoded = self.autoencoder.decode(params, tokens)
-        pixels = current.pixels + decoded - current.decoded if residual else decoded
-        frame = Frame(jnp.clip(pixels, -1.0, 1.0), tokens, None, decoded if residual else None)
+        pixels = self.autoencoder.decode(params, tokens)
+        frame = Frame(jnp.clip(pixels, -1.0, 1.0), tokens, None)
         return self.seen(params, frame) if camera in self._featured else frame
 
     def _features(self, params, pixels):
@@ -435,17 +381,7 @@ class UMMWorld:
         return jax.lax.stop_gradient(features) if config.freeze_vit else features
 
     def _check(self, observation, actions=None):
-        missing = [c for c in self.cameras if c not in observation.images]
-        unknown = [c for c in observation.images if c not in self.cameras]
-        if missing or unknown:
-            raise ValueError(
-                f"The world model's views are {list(self.cameras)}; the observation lacks "
-                f"{missing} and has the unknown {unknown}."
-            )
-        size = (self.image_size, self.image_size, 3)
-        for camera, image in observation.images.items():
-            if image.shape[-3:] != size:
-                raise ValueError(f"Image {camera!r} is {image.shape[-3:]}, expected {size}.")
+        check_views(observation.images, self.cameras, self.image_size)
         values = observation.proprio.shape[-1]
         if self.config.proprio_dim not in (0, values):
             raise ValueError(
@@ -457,58 +393,8 @@ class UMMWorld:
             raise ValueError(f"The action chunk is {actions.shape[-2:]}, expected {chunk}.")
 
 
-def flatten(first: Any, *rest: Any) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """The shape of the first tree's batch axes, and all trees with those axes as one."""
-    observation = first if isinstance(first, Observation) else first.observation
-    batch = jnp.shape(next(iter(observation.images.values())))[:-3]
-    size = math.prod(batch)
-
-    def flat(x):
-        return jnp.reshape(x, (size, *jnp.shape(x)[len(batch) :]))
-
-    return batch, jax.tree.map(flat, (first, *rest))
-
-
-def restore(x: Array, batch: tuple[int, ...]) -> Array:
-    """Undoes `flatten` for one array."""
-    return x.reshape(*batch, *x.shape[1:])
-
-
 def _answer_id(tokenizer, word):
     ids = tokenizer.encode(word)
     if len(ids) != 1:
         raise ValueError(f"The tokenizer writes the answer {word!r} as {len(ids)} tokens, not 1.")
     return ids[0]
-
-
-def _check_config(config, tokenizer):
-    if tokenizer.vocab_size > config.mot.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{config.mot.vocab_size}: raise the latter."
-        )
-    choices = {
-        "prediction": ("velocity", "residual", "composed"),
-        "actions_as": ("text", "embedding"),
-    }
-    for field, values in choices.items():
-        if getattr(config, field) not in values:
-            raise ValueError(f"{field} is {getattr(config, field)!r}, expected one of {values}.")
-    if (config.vae is None) != (config.prediction == "composed"):
-        raise ValueError(
-            f"prediction is {config.prediction!r} and vae is {config.vae}: views are composed of "
-            "pixels without an autoencoder, and otherwise made of its latents."
-        )
-    if config.evaluate_every < 1:
-        raise ValueError(f"evaluate_every is {config.evaluate_every}, expected 1 or more.")
-    stride = config.token_stride
-    if config.vae_image_size % stride or config.latent_side > config.max_latent_side:
-        raise ValueError(
-            f"vae_image_size {config.vae_image_size} must be a multiple of {stride} and at most "
-            f"{stride * config.max_latent_side}."
-        )
-    if config.vit_image_size % config.vit.patch_size:
-        raise ValueError(
-            f"vit_image_size {config.vit_image_size} must be a multiple of the ViT's patch size "
-            f"{config.vit.patch_size}."
-        )

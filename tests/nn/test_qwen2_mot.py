@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mbpo_jax.nn import qwen2_mot
+from mbpo_jax.nn.layers import rotate
 from mbpo_jax.nn.qwen2_mot import MoTConfig, Segment
 
 CONFIG = MoTConfig(20, 16, 2, 4, 2, 24)
@@ -78,7 +79,7 @@ def test_positions_skip_padding_and_give_an_image_one():
 def test_rotation_by_hand():
     # head_dim 2: one frequency, 1. (1, 0) turned by position 2 is (cos 2, sin 2).
     cos, sin = qwen2_mot.rope_angles(jnp.array([[2]]), 2, 1e4, 3)
-    turned = qwen2_mot.rotate(jnp.array([[[[1.0, 0.0]]]]), cos, sin)
+    turned = rotate(jnp.array([[[[1.0, 0.0]]]]), cos[..., None, :], sin[..., None, :])
     np.testing.assert_allclose(turned[0, 0, 0], [np.cos(2.0), np.sin(2.0)], atol=1e-6)
 
 

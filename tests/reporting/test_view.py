@@ -81,7 +81,7 @@ def trained(workspace, monkeypatch):
         workspace[0].finish(stage, {})
     params = ToyPolicy().init()
     params["critic"]["w"] = np.array([1.0, 2.0], np.float32)
-    monkeypatch.setattr(view, "_world", lambda workspace: (Brightening(), {}))
+    monkeypatch.setattr(view, "load_world_model", lambda *_: (Brightening(), {}))
     monkeypatch.setattr(view, "_improved", lambda workspace: (ToyPolicy(), params))
     return workspace
 

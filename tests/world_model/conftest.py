@@ -40,7 +40,6 @@ TINY = UMMConfig(
     vit_image_size=SIZE,
     latent_patch=2,
     max_latent_side=2,
-    prediction="residual",
     actions_as="embedding",
     train_timestep_shift=1.0,
     sample_timestep_shift=1.0,

@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mbpo_jax.world_model.checkpoint import load_bagel, save_bagel
+from experiments.parity_suites.bagel_sequences import export_arrays
+from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.config import bagel
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bagel"
@@ -21,19 +21,13 @@ def copy_checkpoint(directory):
         shutil.copy(FIXTURES / name, directory / name)
 
 
-def test_checkpoint_round_trip_is_exact(tmp_path):
-    config, params = load_bagel(FIXTURES, bagel())
-    save_bagel(tmp_path / "copy", config, params)
-    for name in FILES:
-        original, copy = load_file(FIXTURES / name), load_file(tmp_path / "copy" / name)
-        assert original.keys() == copy.keys()
-        for key, array in original.items():
-            np.testing.assert_array_equal(copy[key], array)
-    again, reloaded = load_bagel(tmp_path / "copy", bagel())
-    assert again == config
-    jax.tree.map(np.testing.assert_array_equal, reloaded, params)
-    with pytest.raises(ValueError, match="already holds a checkpoint"):
-        save_bagel(tmp_path / "copy", config, params)
+def test_a_checkpoint_is_read_exactly():
+    _, params = load_bagel(FIXTURES, bagel())
+    found = export_arrays(params)
+    stored = {name: array for file in FILES for name, array in load_file(FIXTURES / file).items()}
+    assert found.keys() == stored.keys()
+    for name, array in stored.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_all_wrong_arrays_are_named_at_once(tmp_path):

@@ -126,7 +126,7 @@ def test_proprioception_and_the_imagined_head_reach_the_wrist(params, step):
 def test_scales_come_from_the_data(world):
     transition = make_transition(batch=(64,))
     scaled = transition.actions * np.array([3.0, 0.01], np.float32) + np.array([0, 0.5], np.float32)
-    found = world.measured({}, transition.replace(actions=scaled))
+    found = world.measured(transition.replace(actions=scaled))
     expected = scaled.reshape(-1, 2).std(0)
     expected[1] = max(expected[1], 0.01 * expected[0])
     np.testing.assert_allclose(found["actions"]["std"], expected, rtol=1e-5)
@@ -140,9 +140,9 @@ def test_scales_come_from_the_data(world):
     wide = [(-10.0, 10.0)] * 2
     other = ComposedWorld(COMPOSED, CAMERAS, SIZE, 2, 3, WordTokenizer(), wide)
     params = awaken(world.init(KEY))
-    small = {**params, "statistics": world.measured({}, transition)}
+    small = {**params, "statistics": world.measured(transition)}
     large = transition.replace(actions=10 * transition.actions)
-    large = {**params, "statistics": other.measured({}, large)}
+    large = {**params, "statistics": other.measured(large)}
     chunk = 0.9 * transition.actions[:2]
     first = jax.jit(world.step)(small, world.encode(small, make_observation(), KEY), chunk, KEY)
     second = jax.jit(other.step)(
@@ -156,7 +156,7 @@ def test_scales_come_from_the_data(world):
 def test_the_loss_is_a_share_of_the_real_change(world, params):
     # A model that copies scores 1 where the statistics are those of the batch.
     transition = make_transition(batch=(8,))
-    copying = {**world.init(KEY), "statistics": world.measured({}, transition)}
+    copying = {**world.init(KEY), "statistics": world.measured(transition)}
     logits = slice(3 * PATCH**2, 6 * PATCH**2)
     for view in copying["adapters"]["views"].values():
         bias = np.zeros_like(view["out"]["bias"])
@@ -173,7 +173,7 @@ def test_it_learns_a_moving_square():
     rng = np.random.default_rng(0)
     data = moving_squares(rng, 512)
     params = world.init(jax.random.key(0))
-    params["statistics"] = world.measured(params, data)
+    params["statistics"] = world.measured(data)
     frozen = {k: params[k] for k in world.frozen if k in params}
     trained = {k: v for k, v in params.items() if k not in frozen}
     rows = (rng.integers(512, size=32) for _ in range(200))
@@ -192,7 +192,7 @@ def test_bad_configurations():
     with pytest.raises(ValueError, match="vae"):
         make_world(vae=TINY.vae)
     with pytest.raises(ValueError, match="vae"):
-        make_world(prediction="residual")
+        make_world(prediction="velocity")
     assert (variant("micro").latent_side, variant("micro").token_size) == (8, 192)
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from mbpo_jax.nn.vae import VAEConfig
 from mbpo_jax.types import RewardExample, Transition
 from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.autoencoder import to_uint8
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig, variant
-from mbpo_jax.world_model.statistics import latent_statistics, proprio_statistics
+from mbpo_jax.world_model.statistics import proprio_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 from .conftest import (
@@ -32,15 +31,6 @@ KEY = jax.random.key(3)
 
 def actions(seed=0, batch=2):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, 3, 2)).astype(np.float32)
-
-
-def test_a_fresh_model_copies_the_frame(world, step):
-    observation = make_observation()
-    following = step(world.init(jax.random.key(0)), observation, actions(), KEY)
-    for camera in CAMERAS:
-        np.testing.assert_array_equal(following.images[camera], observation.images[camera])
-    np.testing.assert_array_equal(following.proprio, observation.proprio)
-    np.testing.assert_array_equal(following.world_prompt.tokens, observation.world_prompt.tokens)
 
 
 def test_weights_for_inference_change_no_output():
@@ -97,21 +87,11 @@ def test_imagined_wrist_follows_the_imagined_head(params, step):
     first, second = (step(params, observation, actions(s), KEY).images for s in (0, 1))
     assert np.any(first["head"] != second["head"])
     assert np.any(first["wrist"] != second["wrist"])
-    still_head = jax.tree.map(lambda x: x, params)
-    still_head["statistics"]["residual_scale"]["head"] = jnp.zeros(())
-    first, second = (step(still_head, observation, actions(s), KEY).images for s in (0, 1))
-    np.testing.assert_array_equal(first["head"], observation.images["head"])
-    np.testing.assert_array_equal(first["wrist"], second["wrist"])
 
 
 def test_a_step_goes_on_from_its_own_latents(world, params):
-    # A second step adds what its latents say beyond the first frame's, pixel by pixel.
     observation = make_observation()
-    # Mid-grey images and small changes: nothing is clipped.
-    images = {c: x // 4 + 96 for c, x in observation.images.items()}
-    scale = dict.fromkeys(CAMERAS, jnp.float32(0.02))
-    params = {**params, "statistics": {**params["statistics"], "residual_scale": scale}}
-    start = jax.jit(world.encode)(params, observation.replace(images=images), KEY)
+    start = jax.jit(world.encode)(params, observation, KEY)
     step = jax.jit(world.step)
     following = step(params, start, actions(0), KEY)
     last = step(params, following, actions(1), KEY)
@@ -119,8 +99,7 @@ def test_a_step_goes_on_from_its_own_latents(world, params):
         first, then, frame = (state.memory[camera] for state in (start, following, last))
         assert np.abs(then.tokens - first.tokens).max() > 0.01
         assert np.abs(frame.tokens - then.tokens).max() > 0.01
-        decoded = [world.autoencoder.decode(params, x.tokens) for x in (first, frame)]
-        expected = first.pixels + decoded[1] - decoded[0]
+        expected = np.clip(world.autoencoder.decode(params, frame.tokens), -1, 1)
         np.testing.assert_allclose(frame.pixels, expected, atol=1e-5)
         np.testing.assert_array_equal(last.observation.images[camera], to_uint8(frame.pixels))
     # The features that the reward reads are those of the last image, up to its rounding to bytes.
@@ -130,10 +109,8 @@ def test_a_step_goes_on_from_its_own_latents(world, params):
     assert error < 0.05 * np.abs(head - old).max()
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "residual"])
-def test_what_is_precomputed_is_what_encode_starts_from(prediction):
-    world = make_world(prediction=prediction)
-    params, observation, other = world.init(KEY), make_observation(), make_observation(7)
+def test_what_is_precomputed_is_what_encode_starts_from(world, params):
+    observation, other = make_observation(), make_observation(7)
     precompute, encode = jax.jit(world.precompute), jax.jit(world.encode)
     known = precompute(params, observation, KEY)
     expected = encode(params, observation, KEY).memory
@@ -181,8 +158,8 @@ def test_reward_is_the_answer_after_the_question(world, params, reward):
     np.testing.assert_array_equal(reward(params, unseen), probability)
 
 
-def test_text_actions_velocity_and_guidance():
-    config = dict(prediction="velocity", actions_as="text", num_timesteps=4)
+def test_text_actions_and_guidance():
+    config = dict(actions_as="text", num_timesteps=4)
     unguided = make_world(**config)
     params = awaken(unguided.init(jax.random.key(0)))
     observation = make_observation()
@@ -196,22 +173,6 @@ def test_text_actions_velocity_and_guidance():
     outside = make_world(**config, guidance=GuidanceConfig(3.0, 2.0, interval=(2.0, 3.0)))
     found = jax.jit(metrics.predictor(outside))(params, observation, actions(), KEY).images
     np.testing.assert_array_equal(plain["head"], found["head"])
-
-
-def test_statistics_whiten_latents_and_residuals(world, params):
-    transition = make_transition(batch=(16,))
-    images, following = transition.observation.images, transition.next_images
-    found = latent_statistics(world.autoencoder, CAMERAS, params, transition)
-    params = {**params, "statistics": found}
-    now = {c: world.autoencoder.encode(params, images[c]) for c in CAMERAS}
-    later = {c: world.autoencoder.encode(params, following[c]) for c in CAMERAS}
-    pooled = np.concatenate([now[c] for c in CAMERAS])
-    np.testing.assert_allclose(pooled.mean((0, 1, 2)), 0.0, atol=1e-4)
-    np.testing.assert_allclose(pooled.std((0, 1, 2)), 1.0, atol=1e-3)
-    for camera in CAMERAS:
-        residual = np.asarray(later[camera] - now[camera])
-        scale = params["statistics"]["residual_scale"][camera]
-        np.testing.assert_allclose(np.sqrt(np.mean(residual**2)), scale, rtol=1e-3)
 
 
 def moving_squares(rng, count):
@@ -248,37 +209,23 @@ def train(loss_fn, params, batches, learning_rate):
 
 @pytest.mark.trains
 def test_it_learns_a_moving_square():
-    world = make_world(
-        vae=VAEConfig(32, (1,), 1, 16, norm_groups=4, patch_size=4),
-        train_timestep_shift=4.0,
-        targets_per_example=2,
-        num_timesteps=2,
-        proprio_dim=2,
-    )
+    world = make_world(train_timestep_shift=4.0, targets_per_example=2, proprio_dim=2)
     rng = np.random.default_rng(0)
-    params = world.init(jax.random.key(0))
-    data = moving_squares(rng, 512)
-    frames = np.concatenate([*data.observation.images.values()])
-    picks = (frames[rng.integers(len(frames), size=32)] for _ in range(200))
-    autoencoder = world.autoencoder
-    params["vae"] = train(lambda p, x, k: autoencoder.loss(p, x, k)[0], params["vae"], picks, 1e-2)
-    latents = latent_statistics(autoencoder, CAMERAS, params, data)
-    params["statistics"] = latents | proprio_statistics(world.config, data)
+    data, held_out = moving_squares(rng, 512), moving_squares(rng, 128)
+    fresh = world.init(jax.random.key(0))
+    fresh["statistics"] = proprio_statistics(world.config, data)
 
-    frozen = {k: params[k] for k in world.frozen}
-    trained = {k: v for k, v in params.items() if k not in world.frozen}
+    frozen = {k: fresh[k] for k in world.frozen}
+    trained = {k: v for k, v in fresh.items() if k not in world.frozen}
     rows = (rng.integers(512, size=32) for _ in range(200))
     picks = (jax.tree.map(lambda x, i=i: x[i], data) for i in rows)
     trained = train(
         lambda p, b, k: world.dynamics_loss({**p, **frozen}, b, k)[0], trained, picks, 3e-3
     )
-    held_out = moving_squares(rng, 128)
-    imagined = metrics.imagine_chunk(world, {**trained, **frozen}, held_out, KEY)
-    proprio = metrics.proprio_error(held_out, imagined.proprio)
-    assert np.mean(proprio["error"]) < 0.5 * np.mean(proprio["copy_error"])
-    report = metrics.fidelity(held_out, imagined.images)
-    for camera in CAMERAS:
-        assert report[camera]["psnr"] > report[camera]["copy_psnr"] + 1.0, report
+    losses = jax.jit(lambda params: world.dynamics_loss(params, held_out, KEY)[1])
+    before, after = losses(fresh), losses({**trained, **frozen})
+    for name in before:
+        assert after[name] < 0.5 * before[name], (before, after)
 
 
 @pytest.mark.trains
@@ -427,17 +374,15 @@ def test_targets_per_example_do_not_see_each_other(params):
         action = world._action(params, transition.actions)
         conditions = world._conditions(params, "head", frames, {}, action)
         context = [world._prompt(params, observation), *conditions]
-        current = frames["head"].tokens
-        clean = (target - current) / params["statistics"]["residual_scale"]["head"]
         times = jax.nn.sigmoid(jax.random.normal(time_key, (2, 2)))
-        noise = jax.random.normal(noise_key, (2, *clean.shape))
+        noise = jax.random.normal(noise_key, (2, *target.shape))
         losses = []
         for t, e in zip(times, noise):
-            noised = (1 - t)[:, None, None] * clean + t[:, None, None] * e
-            segments = [*context, world._latent_segment(params, noised, t, current)]
+            noised = (1 - t)[:, None, None] * target + t[:, None, None] * e
+            segments = [*context, world._latent_segment(params, noised, t)]
             _, hidden = bagel.forward(params, world.config, segments)
-            output = bagel.read_latents(params, hidden[:, -clean.shape[1] :])
-            losses.append(jnp.mean(jnp.square(output - clean)))
+            output = bagel.read_latents(params, hidden[:, -target.shape[1] :])
+            losses.append(jnp.mean(jnp.square(output - (e - target))))
         return jnp.stack(losses)
 
     np.testing.assert_allclose(together, alone(params).mean(), rtol=1e-4)

@@ -7,7 +7,6 @@ apart, so that an import gives the same episodes again. Steps before the first f
 planned further beyond the end, are left out. Needs pyarrow (extra `import`).
 """
 
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from mbpo_jax.data.formats.lerobot import DRAWN, TARGET_ACTIONS
 from mbpo_jax.episode import Episode
@@ -237,15 +235,9 @@ def _arrays(columns: dict[str, np.ndarray]) -> dict[str, pa.Array]:
 def _images(frames: dict[str, np.ndarray], drawn: np.ndarray) -> dict[str, pa.Array]:
     columns = {}
     for key, images in frames.items():
-        encoded = [{"bytes": _png(image), "path": None} for image in images]
+        encoded = [{"bytes": encode_image(image), "path": None} for image in images]
         columns[key] = pa.array([encoded[i] for i in np.cumsum(drawn) - 1], _IMAGE)
     return columns
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _task_table(tasks: dict[str, int]) -> pa.Table:

@@ -7,11 +7,8 @@ Needs pyarrow and av (extra `import`).
 """
 
 import collections
-import dataclasses
-import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import av
@@ -19,6 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mbpo_jax.data.formats.lerobot_meta import (
+    EpisodeMeta,
+    entry_name,
+    episode_rows,
+    find_shared,
+    read_episode,
+    read_info,
+    video_keys,
+)
 from mbpo_jax.data.formats.recording import (
     HOW_TO_INSTRUCT,
     Entry,
@@ -30,7 +36,6 @@ from mbpo_jax.data.formats.recording import (
     stack,
 )
 
-VERSIONS = ("v2.0", "v2.1", "v3.0")
 TARGET_ACTIONS = "target_action"  # labels, where they differ from the actions executed
 DRAWN = "observation.drawn"  # whether a row has a frame of its own or repeats the one before it
 
@@ -51,22 +56,6 @@ _CAMERAS = {
     ),
 }
 _TIMESTAMP_TOLERANCE = 0.25  # of a step
-_STRETCH_TOLERANCE = 0.5  # frames
-_LARGEST = 2**53  # of the numbers in meta/
-_KINDS = {str: "a text", int: "a whole number", float: "a number", dict: "an object"}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Episode:
-    """What `meta/` says of an episode."""
-
-    where: str
-    number: int
-    length: int
-    tasks: object  # as they are there
-    table: Path
-    videos: Mapping[str, tuple[Path, float]]  # key -> file, and the second where it begins there
-    rows: tuple[int, int] | None  # of the whole dataset, from and up to
 
 
 def entries(source: Path, names: Names) -> list[Entry]:
@@ -80,22 +69,22 @@ def entries(source: Path, names: Names) -> list[Entry]:
         raise ValueError(f"{source} is not a LeRobot dataset: it has no meta/info.json")
     with reading(f"the LeRobot dataset {source} has a damaged meta/"):
         with reading("info.json"):
-            info = _info(source / "meta/info.json")
-        rows = list(_rows(source, info["codebase_version"]))
+            info = read_info(source / "meta/info.json")
+        rows = list(episode_rows(source, info["codebase_version"]))
     if not rows:
         raise ValueError(f"the LeRobot dataset {source} has no episodes")
     keys = names.find(list(info["features"]), _KEYS, _CAMERAS, "observation.images.")
-    videos = _videos(info, {camera: keys[camera][0] for camera in names.cameras})
-    episodes: list[_Episode] = []
+    videos = video_keys(info, {camera: keys[camera][0] for camera in names.cameras})
+    episodes: list[EpisodeMeta] = []
     refused: dict[int, str] = {}
     for i, (where, row) in enumerate(rows):
         try:
             with reading(where):
-                episodes.append(_episode(source, info, videos, where, row))
+                episodes.append(read_episode(source, info, videos, where, row))
         except ValueError as error:
             refused[i] = str(error)
     known = [i for i in range(len(rows)) if i not in refused]
-    refused |= {known[i]: why for i, why in _shared(episodes, info["fps"]).items()}
+    refused |= {known[i]: why for i, why in find_shared(episodes, info["fps"]).items()}
     frames = collections.Counter()  # how many each video should have
     for episode in episodes:
         frames.update({path: episode.length for path, _ in episode.videos.values()})
@@ -109,7 +98,7 @@ def entries(source: Path, names: Names) -> list[Entry]:
             raise ValueError(refused[i])
         return _read(source, info, keys, found[i], frames, names)
 
-    entry_names = [_entry_name(where, row) for where, row in rows]
+    entry_names = [entry_name(where, row) for where, row in rows]
     twice = {name for name, count in collections.Counter(entry_names).items() if count > 1}
     return [
         Entry(f"{name} ({where})" if name in twice else name, lambda i=i: read(i))
@@ -117,169 +106,11 @@ def entries(source: Path, names: Names) -> list[Entry]:
     ]
 
 
-def _info(path: Path) -> dict:
-    info = _object(json.loads(path.read_bytes()))
-    version = info.get("codebase_version")
-    if version not in VERSIONS:
-        raise ValueError(f"codebase_version is {version}, supported are {', '.join(VERSIONS)}")
-    if not _value(info, "fps", float) > 0:
-        raise ValueError(f"fps is {info['fps']}, expected a number above 0")
-    if version != "v3.0" and _value(info, "chunks_size", int) < 1:
-        raise ValueError(f"chunks_size is {info['chunks_size']}, expected 1 or more")
-    _value(info, "data_path", str)
-    _value(info, "features", dict)
-    return info
-
-
-def _videos(info: dict, cameras: Mapping[str, str]) -> list[str]:
-    """The keys of those cameras (camera -> key) that are videos; the others are images."""
-    videos = []
-    for camera, key in cameras.items():
-        feature = info["features"][key]
-        kind = feature.get("dtype") if isinstance(feature, dict) else feature
-        if kind not in ("image", "video"):
-            raise ValueError(
-                f"camera {camera}: {key} has dtype {kind!r:.60} in meta/info.json; only 'image' "
-                "and 'video' are read"
-            )
-        if kind == "video":
-            with reading("meta/info.json"):
-                _value(info, "video_path", str)
-            videos.append(key)
-    return videos
-
-
-def _rows(source: Path, version: str) -> Iterator[tuple[str, dict | Exception]]:
-    """Where `meta/` tells of each episode, and what; an error for what cannot be read there."""
-    if version == "v3.0":
-        tables = sorted((source / "meta/episodes").glob("*/*.parquet"))
-        if not tables:
-            raise ValueError("meta/episodes has no tables: is this version 2.1?")
-        for path in tables:
-            where = path.relative_to(source).as_posix()
-            try:
-                with reading("missing, truncated or corrupt"):
-                    schema = pq.read_schema(path)
-                    columns = [name for name in schema.names if not name.startswith("stats/")]
-                    found = pq.read_table(path, columns=columns).to_pylist()
-            except ValueError as error:
-                yield where, error
-                continue
-            yield from ((f"{where} row {i}", row) for i, row in enumerate(found))
-        return
-    path = source / "meta/episodes.jsonl"
-    if not path.is_file():
-        raise ValueError("meta/episodes.jsonl is missing: is this version 3.0?")
-    for i, line in enumerate(path.read_bytes().splitlines()):
-        if line.strip():
-            where = f"meta/episodes.jsonl line {i + 1}"
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield where, ValueError(f"it is no JSON: {error}")
-
-
-def _entry_name(where: str, row: object) -> str:
-    number = row.get("episode_index") if isinstance(row, dict) else None
-    return f"episode_{number:06d}" if type(number) is int else where
-
-
-def _object(value: object) -> dict:
-    if not isinstance(value, dict):
-        raise ValueError(f"it is {json.dumps(value):.60}, expected an object")
-    return value
-
-
-def _value(entries: Mapping, name: str, kind: type):
-    """An entry of `meta/` that must be of this kind, and a number finite."""
-    value = entries.get(name)
-    if value is None:
-        raise ValueError(f"{name} is missing or null")
-    allowed = (int, float) if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise ValueError(f"{name} is {value!r:.60}, expected {_KINDS[kind]}")
-    if isinstance(value, int | float) and not -_LARGEST < value < _LARGEST:
-        raise ValueError(f"{name} is {value!r:.60}, expected {_KINDS[kind]} within reason")
-    return value
-
-
-def _episode(source: Path, info: dict, videos: Iterable[str], where: str, row: object) -> _Episode:
-    if isinstance(row, Exception):
-        raise row
-    row = _object(row)
-    number, length = _value(row, "episode_index", int), _value(row, "length", int)
-    if number < 0 or length < 0:
-        raise ValueError(f"episode_index is {number} and length {length}, expected 0 or more")
-    three = info["codebase_version"] == "v3.0"
-
-    def path(template, prefix, **fields):
-        """By the names that either version's templates use."""
-        fields["episode_index"] = number
-        if three:
-            fields["chunk_index"] = _value(row, f"{prefix}/chunk_index", int)
-            fields["file_index"] = _value(row, f"{prefix}/file_index", int)
-        else:
-            fields["episode_chunk"] = fields["chunk_index"] = number // info["chunks_size"]
-        try:
-            return source / info[template].format(**fields)
-        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{template} {info[template]!r} of meta/info.json has a field that cannot be "
-                f"filled ({error}); there are {', '.join(fields)}"
-            ) from error
-
-    files = {}
-    for key in videos:
-        start = _value(row, f"videos/{key}/from_timestamp", float) if three else 0.0
-        end = row.get(f"videos/{key}/to_timestamp") if three else None
-        if end is not None:
-            end = _value(row, f"videos/{key}/to_timestamp", float)
-            if abs((end - start) * info["fps"] - length) > _STRETCH_TOLERANCE:
-                raise ValueError(
-                    f"videos/{key} goes from {start:.3f} to {end:.3f} s, which at {info['fps']} Hz "
-                    f"are {(end - start) * info['fps']:.1f} frames for {length} rows"
-                )
-        files[key] = (path("video_path", f"videos/{key}", video_key=key), float(start))
-    first, last = (row.get(f"dataset_{name}_index") if three else None for name in ("from", "to"))
-    rows = None
-    if type(first) is type(last) is int:
-        rows = (first, last)
-        if last - first != length:
-            raise ValueError(f"rows {first} to {last} are {last - first}, its length is {length}")
-    table = path("data_path", "data")
-    return _Episode(where, number, length, row.get("tasks"), table, files, rows)
-
-
-def _shared(episodes: Sequence[_Episode], fps: float) -> dict[int, str]:
-    """By their position, the episodes that share a part of a video or of the rows, or their number,
-    with another, and what they share."""
-    stretches, shared = [], {}
-    for i, episode in enumerate(episodes):
-        for path, start in episode.videos.values():
-            stretches.append((str(path), start * fps, start * fps + episode.length, i))
-        if episode.rows:
-            stretches.append(("the dataset's rows", *episode.rows, i))
-        stretches.append(("the episodes' numbers", episode.number, episode.number + 1, i))
-    for what, group in itertools.groupby(sorted(stretches), key=lambda stretch: stretch[0]):
-        longest = None  # of those before, the one that ends last
-        for stretch in group:
-            _, begin, end, i = stretch
-            if longest and begin < longest[2] - _STRETCH_TOLERANCE:
-                for one, other in ((i, longest[3]), (longest[3], i)):
-                    shared[one] = (
-                        f"by meta/ it shares a part of {what}, from {begin:g} on, with episode "
-                        f"{episodes[other].number}"
-                    )
-            if longest is None or end > longest[2]:
-                longest = stretch
-    return shared
-
-
 def _read(
     source: Path,
     info: dict,
     keys: Mapping[str, tuple[str, ...]],
-    episode: _Episode,
+    episode: EpisodeMeta,
     frames_in: Mapping[Path, int],
     names: Names,
 ) -> Recording:
@@ -315,7 +146,7 @@ def _read(
         )
 
 
-def _instruction(episode: _Episode) -> str:
+def _instruction(episode: EpisodeMeta) -> str:
     tasks = [episode.tasks] if isinstance(episode.tasks, str) else episode.tasks
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
         raise ValueError(
@@ -343,7 +174,7 @@ def _dimension_names(features: dict, keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _table(episode: _Episode, columns: list[str]) -> pa.Table:
+def _table(episode: EpisodeMeta, columns: list[str]) -> pa.Table:
     """The rows of an episode; only the row groups that hold it are read."""
     try:
         absent = {"episode_index", *columns} - set(pq.read_schema(episode.table).names)

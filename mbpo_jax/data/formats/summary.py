@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from mbpo_jax.data.formats.recording import HOW_TO_LABEL, Facts
+from mbpo_jax.data.formats.conversion import Facts
+from mbpo_jax.data.formats.recording import HOW_TO_LABEL
 from mbpo_jax.embodiment import Embodiment
 from mbpo_jax.episode import Episode
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from configs.libero_panda import ROBOT
-from mbpo_jax.data.formats.recording import Layout, Names
+from mbpo_jax.data.formats.conversion import Layout
+from mbpo_jax.data.formats.recording import Names
 from tests.recordings import CAMERAS
 
 

@@ -14,9 +14,10 @@ pytest.importorskip("av", reason="av is not installed: pip install -e '.[import]
 from configs.libero_panda import ROBOT
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.formats import export_lerobot as module
+from mbpo_jax.data.formats.conversion import Layout, convert
 from mbpo_jax.data.formats.export_lerobot import export_lerobot
 from mbpo_jax.data.formats.lerobot import entries
-from mbpo_jax.data.formats.recording import Layout, Names, Recording, convert
+from mbpo_jax.data.formats.recording import Names, Recording
 from tests.recordings import CAMERAS, Truth
 
 READ_BACK = Path(__file__).parents[3] / "third_party/lerobot/read_back.py"

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from mbpo_jax.data.formats.recording import Names, convert
+from mbpo_jax.data.formats.conversion import convert
+from mbpo_jax.data.formats.recording import Names
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[import]'")
 pytest.importorskip("av", reason="av is not installed: pip install -e '.[import]'")

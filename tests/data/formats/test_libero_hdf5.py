@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from mbpo_jax.data.formats.recording import Names, convert
+from mbpo_jax.data.formats.conversion import convert
+from mbpo_jax.data.formats.recording import Names
 
 pytest.importorskip("h5py", reason="h5py is not installed: pip install -e '.[import]'")
 import h5py

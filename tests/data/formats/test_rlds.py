@@ -3,7 +3,8 @@ import struct
 import numpy as np
 import pytest
 
-from mbpo_jax.data.formats.recording import Names, convert
+from mbpo_jax.data.formats.conversion import convert
+from mbpo_jax.data.formats.recording import Names
 
 pytest.importorskip("google_crc32c", reason="no google-crc32c: pip install -e '.[import]'")
 from mbpo_jax.data.formats.rlds import entries
