@@ -179,6 +179,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.episodes_per_task = 50  # of the 50 shipped init states
     c.evaluation.resets_per_task = 0  # further episodes, from random resets that nothing else uses
+    c.evaluation.checkpoint = "last"  # or "best": the state of the highest imagined success
     c.evaluation.best_of = 1  # above 1: the improved policy also acts on the best of so many chunks
     c.evaluation.best_of_chunks = 1  # how far each of them is imagined before the value counts
     c.evaluation.video_size = 256

@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import jax
 
 from configs import libero_long
+from experiments.arguments import number, numbers
 from experiments.benchmarks import data, imagination, policy, world_model
 
 SIZES = {  # of each target: those there are, and the default
@@ -46,19 +48,32 @@ def main(arguments: list[str] | None = None) -> int:
         + "; ".join(f"{target}: {', '.join(sizes)}" for target, (sizes, _) in SIZES.items()),
     )
     parser.add_argument(
-        "--repeats", type=int, default=20, help="rounds that count; server: tens of requests"
+        "--repeats",
+        type=number(int, 1),
+        default=20,
+        help="rounds that count; server: tens of requests",
     )
-    parser.add_argument("--sample_batch", type=int, default=1, help="policy: chunks per call")
-    parser.add_argument("--train_batch", type=int, default=8, help="policy: chunks per step")
+    parser.add_argument(
+        "--sample_batch", type=number(int, 1), default=1, help="policy: chunks per call"
+    )
+    parser.add_argument(
+        "--train_batch", type=number(int, 1), default=8, help="policy: chunks per step"
+    )
     parser.add_argument("--openpi", help="policy: Python of an environment that has openpi")
-    parser.add_argument("--batches", default="1,8", help="world_model: batch sizes")
-    parser.add_argument("--clients", default="1,4,16", help="server: numbers of clients")
+    parser.add_argument(
+        "--batches", type=numbers(1), default="1,8", help="world_model: batch sizes"
+    )
+    parser.add_argument(
+        "--clients", type=numbers(1, 1000), default="1,4,16", help="server: numbers of clients"
+    )
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args(arguments)
     known, default = SIZES[options.target]
     sizes = (options.sizes or default).split(",")
     if unknown := set(sizes) - set(known):
         parser.error(f"--sizes: {sorted(unknown)} not among {sorted(known)}")
+    if options.openpi and not shutil.which(options.openpi):
+        parser.error(f"--openpi: {options.openpi} is no program")
     if options.target == "policy" and not options.openpi:
         print(policy.MISSING, file=sys.stderr)
     with_sockets = options.target in ("server", "imagination")
@@ -66,23 +81,24 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--target={options.target} needs: pip install -e '.[serve]'")
     if options.target == "server":
         from experiments.benchmarks import server
+    try:
+        options.workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--workdir: {error}")
     rows = []
     for size in sizes:
         if options.target == "policy":
             batches = {"sample": options.sample_batch, "train": options.train_batch}
             rows += policy.run(size, batches, options.repeats, options.openpi)
         elif options.target == "world_model":
-            batches = [int(batch) for batch in options.batches.split(",")]
-            rows += world_model.run(size, batches, options.repeats)
+            rows += world_model.run(size, options.batches, options.repeats)
         elif options.target == "server":
-            clients = [int(number) for number in options.clients.split(",")]
-            rows += server.run(size, clients, 10 * options.repeats)
+            rows += server.run(size, options.clients, 10 * options.repeats)
         else:
             config = libero_long.get_config(size)
             target = {"imagination": imagination, "data": data}[options.target]
             rows += target.run(config, size, options.repeats)
     _print_latency(rows) if options.target == "server" else _print(rows)
-    options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / f"{options.target}.json"
     device = jax.devices()[0].device_kind
     report = {"device": device, "machine": platform.machine(), "jax": jax.__version__}

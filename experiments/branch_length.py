@@ -57,7 +57,9 @@ def run(
     """All runs; returns "lengths", length -> pooled successes, and "world_models", their error
     curves."""
     from mbpo_jax import pipeline
+    from mbpo_jax.stages.limits import check_config
 
+    check_config(config)
     variants = {length: with_branches(config, length) for length in lengths}
     root.mkdir(parents=True, exist_ok=True)
     evaluated: dict[str, list[dict]] = {length: [] for length in lengths}

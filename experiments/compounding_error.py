@@ -9,7 +9,6 @@ Writes results.json, tables/, figures/, counterexamples/ and report.html into --
 number of configs/compounding_error.py can be overridden: --config.random.problems=1000.
 """
 
-import difflib
 import json
 import sys
 import time
@@ -22,15 +21,25 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import compounding_error as default_config
-from experiments.theory import bounds, report, studies
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    f"{default_config.__file__}:quick",
-    "Config file and variant, configs/compounding_error.py:quick or :full. Any entry can be "
-    "overridden, e.g. --config.gamma=0.95 --config.learned.episodes='(10, 100)'.",
-    lock_config=True,
+from experiments.libero_long import one_message, parse_flags
+from experiments.theory import bounds, families, report, studies
+from mbpo_jax.stages.limits import (
+    BELOW_ONE,
+    COUNT_OR_NONE,
+    POSITIVE,
+    SHARE,
+    Number,
+    check_entries,
 )
+
+with one_message():
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config",
+        f"{default_config.__file__}:quick",
+        "Config file and variant, configs/compounding_error.py:quick or :full. Any entry can be "
+        "overridden, e.g. --config.gamma=0.95 --config.learned.episodes='(10, 100)'.",
+        lock_config=True,
+    )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for the results; default runs/compounding_error_<variant>."
 )
@@ -39,6 +48,20 @@ _CASE_STUDY = flags.DEFINE_bool(
     False,
     "Print the published coefficients at the config's gamma, k, n and r_max as one JSON line.",
 )
+
+NUMBERS = {  # what those of the config may be that are no counts
+    "seed": COUNT_OR_NONE,
+    "n": COUNT_OR_NONE,
+    "gamma": BELOW_ONE,
+    "adversarial.gammas": BELOW_ONE,
+    "coefficients.gamma_*": BELOW_ONE,
+    "r_max": Number(),
+    "adversarial.learning_rate": POSITIVE,
+    "trade_off.grid_m*": Number(high=1, above=True),
+    "*_size": SHARE,
+    "learned.smoothing": Number(),
+    "learned.floor": SHARE,
+}
 
 
 def _progress(label: str):
@@ -105,39 +128,21 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options start with --")
     config = _CONFIG.value
+    with one_message():
+        check_entries(config, NUMBERS, {"*.family": tuple(families.FAMILIES)})
     if _CASE_STUDY.value:
         print(json.dumps(studies.case_study(config.gamma, config.k, config.n, config.r_max)))
         return
     workdir = Path(_WORKDIR.value or f"runs/compounding_error_{config.variant}")
     start = time.monotonic()
-    with jax.enable_x64(True):
-        results = run(config)
-    report.write(results, workdir)
+    with one_message():
+        workdir.mkdir(parents=True, exist_ok=True)
+        with jax.enable_x64(True):
+            results = run(config)
+        report.write(results, workdir)
     print(report.case_study_text(results))
     print(report.ratios_text(results))
     print(f"{time.monotonic() - start:.0f} s; report: {workdir / 'report.html'}")
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    names = []
-    for name, value in config.items():
-        names.append(prefix + name)
-        if isinstance(value, ConfigDict):
-            names += _keys(value, f"{prefix}{name}.")
-    return names
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; an unknown config key or variant ends it with the nearest known."""
-    known = _keys(default_config.get_config())
-    for argument in argv[1:]:
-        name = argument.lstrip("-").split("=")[0]
-        key = name.removeprefix("config.")
-        if argument.startswith("-") and key != name and key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            print(f"no config key {key!r}; did you mean --config.{near}?", file=sys.stderr)
-            sys.exit(1)
-    return app.parse_flags_with_usage(argv)
 
 
 if __name__ == "__main__":

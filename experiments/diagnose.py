@@ -30,10 +30,18 @@ def main(_: list[str]) -> None:
         else:
             root = Path(WORKDIR.value)
             runs = [read_summaries(Workspace(root, read_config(root)))]
-    except StageError as error:
+        found = gates(runs)
+    except (StageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    found = gates(runs)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        folder = POOL.value or WORKDIR.value
+        print(
+            f"error: the results in {folder} are not those of a run of this version ({error!r}): "
+            "copy them again, or run the stages again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     print(table(found))
     sys.exit(0 if all(gate.reached for gate in found) else 1)
 

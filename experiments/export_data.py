@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.arguments import number
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -21,7 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, required=True, help="a stage's folder `dataset`")
     parser.add_argument("--target", type=Path, required=True, help="the folder to be written")
     parser.add_argument(
-        "--control_rate", type=int, default=20, help="environment steps a second (20: LIBERO's)"
+        "--control_rate",
+        type=number(int, 1, 100_000),
+        default=20,
+        help="environment steps a second (20: LIBERO's)",
     )
     options = parser.parse_args(arguments)
     try:

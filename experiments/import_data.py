@@ -102,8 +102,10 @@ def main(config, options) -> str:
     """
     from mbpo_jax import pipeline  # after the flags, so that --help is instant
     from mbpo_jax.stages.import_demonstrations import Import, import_demonstrations, survey
+    from mbpo_jax.stages.limits import check_config
     from mbpo_jax.stages.workspace import StageError, Workspace
 
+    check_config(config)
     given = {}
     if options.instruction is not None:
         given["instruction"] = options.instruction.strip()

@@ -76,11 +76,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def one_message():
-    """A wrong entry, value or variant on the command line is one message and exit status 1."""
+    """A wrong entry, value, variant or path on the command line is one message and exit status
+    1."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        message = str(error.args[0] if error.args else error).replace("\\n", "\n")
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+        whole = isinstance(error, OSError) or not error.args
+        message = str(error if whole else error.args[0]).replace("\\n", "\n")
         if "Traceback" in message:  # of the config file; its last line says what is wrong
             message = message.rpartition("Error: ")[2]
         print(f"error: {message.strip()}", file=sys.stderr)

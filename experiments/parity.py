@@ -10,6 +10,7 @@ exit code is 0 only if every array is within it.
 import argparse
 import importlib
 import sys
+import zipfile
 from pathlib import Path
 
 SUITES = {
@@ -30,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         suites = [importlib.import_module(name) for name in SUITES[options.suite]]
         rows = [row for suite in suites for row in suite.run(options.fixtures)]
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+        parser.error(f"{options.fixtures}: {error}")
     width = max(len(name) for name, *_ in rows)
     print(f"{'array':{width}}  {'difference':>10}  {'tolerance':>9}")
     for name, difference, tolerance, within in rows:

@@ -25,12 +25,14 @@ from ml_collections import config_flags
 
 from experiments.benchmarks import plan
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
+from mbpo_jax.stages.limits import check_config
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", str(CONFIG_DIRECTORY / "libero_long.py:paper"), "a config file and variant"
-)
-DEVICES = flags.DEFINE_integer("devices", 8, "virtual devices to compile for")
-MEMORY = flags.DEFINE_float("device_memory_gib", 80.0, "memory of a device")
+with one_message():
+    CONFIG = config_flags.DEFINE_config_file(
+        "config", str(CONFIG_DIRECTORY / "libero_long.py:paper"), "a config file and variant"
+    )
+DEVICES = flags.DEFINE_integer("devices", 8, "virtual devices to compile for", 1, 4096)
+MEMORY = flags.DEFINE_float("device_memory_gib", 80.0, "memory of a device", 0.001, 1e6)
 ONLY = flags.DEFINE_string("only", "", "compile the steps whose name contains this")
 WEAK_SCALING = flags.DEFINE_list("weak_scaling", [], "numbers of devices to compare")
 OUTPUT = flags.DEFINE_string("output", None, "a JSON file for the numbers")
@@ -40,11 +42,13 @@ MORE_DEVICES = (64, 512)
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    with one_message():
+        check_config(CONFIG.value)
+        counts = _device_counts()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     if WEAK_SCALING.value:
         with one_message():
-            counts = tuple(int(n) for n in WEAK_SCALING.value)
             scaling = plan.weak_scaling(CONFIG.value, jax.devices(), counts, ONLY.value)
         print(plan.weak_scaling_table(scaling))
         return
@@ -56,11 +60,20 @@ def main(argv: list[str]) -> None:
     print(plan.time_table(measured, plan.H100, DEVICES.value))
     print(plan.scaling_table(measured, plan.H100, mesh, MORE_DEVICES))
     if OUTPUT.value:
-        Path(OUTPUT.value).write_text(json.dumps([m.numbers() for m in measured], indent=1))
+        with one_message():
+            Path(OUTPUT.value).write_text(json.dumps([m.numbers() for m in measured], indent=1))
     too_large = [m.step.name for m in measured if m.total > budget]
     if too_large:
         print(f"does not fit {MEMORY.value:g} GiB: {', '.join(too_large)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _device_counts() -> tuple[int, ...]:
+    """Raises ValueError for numbers of devices that there are not."""
+    texts = WEAK_SCALING.value
+    if not all(text.isdigit() and 1 <= int(text) <= DEVICES.value for text in texts):
+        raise ValueError(f"--weak_scaling={','.join(texts)}: numbers from 1 to --devices")
+    return tuple(map(int, texts))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import signal
 import sys
 from pathlib import Path
 
+from experiments.arguments import number, numbers
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -34,26 +36,42 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/improve or RUN/sft")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    parser.add_argument(
+        "--port", type=number(int, 0, 65_535), default=8000, help="0 for any that is free"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks"
     )
     parser.add_argument("--api_key_file", type=Path, help="file with the key that clients send")
     parser.add_argument(
-        "--batch_sizes", default="1,4,16", help="compiled batch sizes; requests are padded to one"
+        "--batch_sizes",
+        type=numbers(1, 4096),
+        default="1,4,16",
+        help="compiled batch sizes; requests are padded to one",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="of RUN/improve: the state of the highest imagined success instead of the last",
     )
     parser.add_argument(
         "--best_of",
-        type=int,
+        type=number(int, 1, 4096),
         default=1,
         help="above 1: act on the best of so many chunks, by the run's world model and value",
     )
     parser.add_argument(
-        "--best_of_chunks", type=int, default=1, help="how far each of them is imagined"
+        "--best_of_chunks",
+        type=number(int, 1, 4096),
+        default=1,
+        help="how far each of them is imagined",
     )
-    parser.add_argument("--max_message_mib", type=float, default=16.0)
+    parser.add_argument("--max_message_mib", type=number(float, 0.001, 2048), default=16.0)
     parser.add_argument(
-        "--requests_per_second", type=float, default=100.0, help="limit of one connection"
+        "--requests_per_second",
+        type=number(float, 0.001),
+        default=100.0,
+        help="limit of one connection",
     )
     options = parser.parse_args(arguments)
     from mbpo_jax.serving import inference, server  # after the flags, so that --help is instant
@@ -61,14 +79,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.WARNING)
     try:
-        sizes = [int(size) for size in options.batch_sizes.split(",")]
-        if min(sizes) < 1:
-            raise ValueError(f"--batch_sizes are whole numbers from 1, not {options.batch_sizes}")
         api_key = options.api_key_file.read_text().strip() if options.api_key_file else None
         if api_key == "":
             raise ValueError(f"{options.api_key_file} holds no key")
         policy_server = server.PolicyServer(
-            inference.load(options.checkpoint, sizes, options.best_of, options.best_of_chunks),
+            inference.load(
+                options.checkpoint,
+                options.batch_sizes,
+                options.best_of,
+                options.best_of_chunks,
+                options.best,
+            ),
             api_key=api_key,
             max_message_bytes=int(options.max_message_mib * 2**20),
             requests_per_second=options.requests_per_second,
@@ -84,8 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _serve(policy_server, host: str, port: int) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sign, stop.set)
     await policy_server.run(
         host, port, stop, lambda port: print(f"serving on ws://{host}:{port}", flush=True)
     )

@@ -29,17 +29,19 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from configs import soak as soak_config
+from experiments.libero_long import one_message, parse_flags
 
 # Fresh processes that need not import the libraries again.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["mbpo_jax.pipeline"])
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    soak_config.__file__,
-    "Any entry can be overridden: --config.sft.steps=1000",
-    lock_config=True,
-)
+with one_message():
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config",
+        soak_config.__file__,
+        "Any entry can be overridden: --config.sft.steps=1000",
+        lock_config=True,
+    )
 _KILLS = flags.DEFINE_integer("kills", 20, "Signals sent to each stage.", lower_bound=1)
 _STAGES = flags.DEFINE_list(
     "stages", [], "Stages to disturb; all that the pipeline runs by default."
@@ -79,7 +81,7 @@ class Soak:
         process.join()
         if process.exitcode != 0:
             tail = "\n".join(self.log.read_text().splitlines()[-15:])
-            raise RuntimeError(f"{stage} ended with status {process.exitcode}:\n{tail}")
+            sys.exit(f"error: {stage} ended with status {process.exitcode}:\n{tail}")
 
     def undisturbed(self, stage: str) -> float:
         """Runs a stage to its end unless that was done before; returns the seconds it took."""
@@ -182,6 +184,7 @@ def main(argv) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
     logging.set_verbosity(logging.WARNING)
     from mbpo_jax.pipeline import STAGES
+    from mbpo_jax.stages.limits import check_config
 
     known = [name for name, stage in STAGES.items() if not stage.on_request]
     chosen = _STAGES.value or known
@@ -189,6 +192,9 @@ def main(argv) -> None:
         raise app.UsageError(f"there are no stages {unknown}; choose among {known}")
     with contextlib.ExitStack() as stack:
         workdir = _WORKDIR.value or stack.enter_context(tempfile.TemporaryDirectory())
+        with one_message():
+            check_config(_CONFIG.value)
+            Path(workdir).mkdir(parents=True, exist_ok=True)
         soak = Soak(_CONFIG.value, Path(workdir).absolute(), _SEED.value)
         soak.whole.mkdir(parents=True, exist_ok=True)
         rows = {}
@@ -209,4 +215,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -14,6 +14,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from experiments.arguments import number
+
+NEEDED = ("cameras", "chunk", "seed")
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -23,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--episode", metavar="STAGE:NUMBER")
     what.add_argument("--branch", metavar="STAGE:NUMBER:STEP")
     parser.add_argument("--workdir", type=Path, default=Path("runs/libero_long_micro"))
-    parser.add_argument("--chunks", type=int, help="of a branch; by default rl.branch_chunks")
+    parser.add_argument(
+        "--chunks", type=number(int, 1, 10_000), help="of a branch; by default rl.branch_chunks"
+    )
     parser.add_argument("--output", type=Path, help="by default WORKDIR/view/NAME.html")
     parser.add_argument("--rerun", type=Path, metavar="FILE.rrd", help="needs rerun-sdk")
     options = parser.parse_args(arguments)
@@ -42,24 +48,24 @@ def main(arguments: list[str] | None = None) -> int:
 
     stage, numbers = chosen[0], [int(n) for n in chosen[1:]]
     try:
-        workspace = Workspace(options.workdir, read_config(options.workdir))
+        workspace = Workspace(options.workdir, read_config(options.workdir, NEEDED))
         if options.episode:
             clip = episode_clip(workspace, stage, *numbers)
         else:
             workspace.require("improve")
             chunks = options.chunks or workspace.config.rl.branch_chunks
             clip = branch_clip(workspace, stage, *numbers, chunks)
-    except (StageError, ValueError, FileNotFoundError) as error:
+        kind = "episode" if options.episode else "branch"
+        path = options.output or options.workdir / "view" / f"{kind}_{'_'.join(chosen)}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render_clip(clip), encoding="utf-8")
+        print(f"written to {path}")
+        if options.rerun:
+            write_rerun(clip, options.rerun)
+            print(f"written to {options.rerun}")
+    except (StageError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    kind = "episode" if options.episode else "branch"
-    path = options.output or options.workdir / "view" / f"{kind}_{'_'.join(chosen)}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_clip(clip), encoding="utf-8")
-    print(f"written to {path}")
-    if options.rerun:
-        write_rerun(clip, options.rerun)
-        print(f"written to {options.rerun}")
     return 0
 
 

@@ -22,6 +22,7 @@ from mbpo_jax.stages.finetune_world_model import finetune_world_model
 from mbpo_jax.stages.fit_value import fit_value
 from mbpo_jax.stages.imagined_success import imagine_held_out
 from mbpo_jax.stages.improve_policy import improve_policy
+from mbpo_jax.stages.limits import check_config
 from mbpo_jax.stages.recorded import take_demonstrations, take_rollouts
 from mbpo_jax.stages.select_chunks import select_chunks
 from mbpo_jax.stages.workspace import StageError, Workspace
@@ -100,7 +101,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
     Raises:
         StageError: for anything the user can mend: an unknown stage, a stage whose inputs are
             missing, a folder made by another config.
-        ValueError: a logger that is unknown or not installed.
+        ValueError: an entry of the config that cannot be, or a logger that is not installed.
     """
     available = stages_of(config)
     for name in stages:
@@ -111,6 +112,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
                 + (f"; did you mean {' or '.join(near)}?" if near else "")
                 + f" Stages: {', '.join([*available, 'report'])}"
             )
+    check_config(config)
     check_loggers(config.loggers)
     workspace = Workspace(workdir, config)
     always = [name for name, stage in available.items() if not stage.on_request]
@@ -128,8 +130,18 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = ()) -> Workspace:
             if name in wanted:
                 run_stage(workspace, name, available[name].run)
     if "report" in wanted and jax.process_index() == 0:
-        print(write_report(workspace, [name for name in available if name != "fidelity"]))
+        _report(workspace, [name for name in available if name != "fidelity"])
     return workspace
+
+
+def _report(workspace: Workspace, stages: Sequence[str]) -> None:
+    try:
+        print(write_report(workspace, stages))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise StageError(
+            f"a done.json or metrics.jsonl in {workspace.root} is not what its stage writes "
+            f"({error!r}): copy it again, or delete that stage's folder and run it again"
+        ) from error
 
 
 def _sections_up_to(config: Config, name: str) -> list[str]:
@@ -209,6 +221,7 @@ def main(config: Config, workdir: str, stages: Sequence[str]) -> None:
         ImportError,
         OSError,
         FloatingPointError,
+        MemoryError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -2,6 +2,17 @@
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+from tests import array_annotations
+
+# Before anything imports the package: in tests, what its functions say of arrays is checked. The
+# other folders say nothing of shapes, and would only start more slowly.
+CHECKED = ("mbpo", "nn", "policy", "world_model")
+install_import_hook(
+    [*(f"mbpo_jax.{name}" for name in CHECKED), "experiments.theory"],
+    f"{array_annotations.__name__}.checked",
+)
 
 
 @pytest.fixture(autouse=True)

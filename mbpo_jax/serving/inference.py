@@ -24,6 +24,7 @@ from mbpo_jax.stages.build import (
     world_tokenizer,
 )
 from mbpo_jax.stages.workspace import StageError, Workspace, read_config
+from mbpo_jax.training.checkpoints import best_state
 from mbpo_jax.types import Observation, Params, Prompt
 
 OPENPI_IMAGES = ("observation/image", "observation/wrist_image")  # of the first two cameras
@@ -162,15 +163,22 @@ class ServedPolicy:
 
 
 def load(
-    checkpoint: Path, batch_sizes: Sequence[int], best_of: int = 1, best_of_chunks: int = 1
+    checkpoint: Path,
+    batch_sizes: Sequence[int],
+    best_of: int = 1,
+    best_of_chunks: int = 1,
+    best: bool = False,
 ) -> ServedPolicy:
     """The policy that the stage `sft` or `improve` left in its folder `checkpoint`.
 
     Args:
+        best: of `improve`, its state of the highest imagined success instead of its last; the stage
+            need not have finished.
         best_of: above 1 it acts on the best of so many imagined chunks, by the world model and the
             value of the same run (`selection`), `best_of_chunks` ahead.
 
     Raises:
+        FileNotFoundError: there is no best state.
         StageError: there is none, or nothing to choose by, or a record of the run is lost.
         ValueError: its parameters or statistics are damaged, or a `best_of` or `best_of_chunks` is
             below 1.
@@ -178,29 +186,26 @@ def load(
     if best_of < 1:
         raise ValueError(f"best_of is {best_of}: choose among 1 chunk or more")
     checkpoint = Path(checkpoint).absolute()
-    if not (checkpoint / "policy").is_dir():
+    actor = checkpoint / "policy"
+    if best:
+        actor = best_state(checkpoint / "checkpoints", "imagined_success")
+    if not actor.is_dir():
         raise StageError(
             f"{checkpoint} holds no policy; pass the folder of a finished stage sft or improve in "
             "a working directory, such as runs/libero_long_micro/improve"
         )
-    config = read_config(checkpoint.parent)
-    missing = [name for name in NEEDED if name not in config]
-    if missing:
-        raise StageError(
-            f"{checkpoint.parent} is incomplete: no stage's config.json there has "
-            f"{', '.join(missing)}; copy the whole working directory again"
-        )
+    config = read_config(checkpoint.parent, NEEDED)
     with config.unlocked():
         config.rl = config.get("rl", {})
         if "flow" not in config.rl:  # before `improve`; acting does not depend on its entries
             config.rl.flow = dataclasses.asdict(FlowConfig())
-    policy, params = load_policy(config, checkpoint.parent / "sft", checkpoint / "policy")
+    policy, params = load_policy(config, checkpoint.parent / "sft", actor)
     if best_of == 1:
         return ServedPolicy(config, policy, params, batch_sizes)
     Workspace(checkpoint.parent, config).require("value")
     with config.unlocked():
         config.evaluation = {"best_of": best_of, "best_of_chunks": best_of_chunks}
-    act, params = load_selection(config, checkpoint.parent, checkpoint / "policy")
+    act, params = load_selection(config, checkpoint.parent, actor)
     return ServedPolicy(config, policy, params, batch_sizes, act)
 
 

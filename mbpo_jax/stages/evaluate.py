@@ -16,6 +16,7 @@ from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
 from mbpo_jax.stages.collect import batched_act, make_pool, progress
 from mbpo_jax.stages.statistics import mcnemar_exact, success_rate
 from mbpo_jax.stages.workspace import StageError, Workspace
+from mbpo_jax.training.checkpoints import best_state
 from mbpo_jax.training.metrics import continue_records, read_metrics
 from mbpo_jax.types import Params
 
@@ -26,15 +27,16 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
     config = workspace.config
     workspace.require("sft")
     workspace.require("improve")
-    if config.evaluation.best_of < 1:
-        raise StageError(f"evaluation.best_of is {config.evaluation.best_of}: 1 or more chunks")
-    sft, improved = (workspace.directory(stage) for stage in ("sft", "improve"))
+    sft, improve = (workspace.directory(stage) for stage in ("sft", "improve"))
+    improved = improve / "policy"
+    if config.evaluation.checkpoint == "best":
+        improved = best_state(improve / "checkpoints", "imagined_success")
     actors = {}
-    for name, trained in (("sft", sft), ("improved", improved)):
-        policy, params = load_policy(config, sft, trained / "policy")
+    for name, trained in (("sft", sft / "policy"), ("improved", improved)):
+        policy, params = load_policy(config, sft, trained)
         actors[name] = policy.act, params
     if config.evaluation.best_of > 1:
-        actors["improved_best"] = load_selection(config, workspace.root, improved / "policy")
+        actors["improved_best"] = load_selection(config, workspace.root, improved)
     with make_pool(config) as pool:
         results = run_actors(config, pool, actors, _requests(config), directory)
         videos = _film(config, pool, *actors["improved"], directory)

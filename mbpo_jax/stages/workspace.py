@@ -111,11 +111,12 @@ def config_entries(config: ml_collections.ConfigDict, sections: Sequence[str]) -
     return flat_entries({section: at(section) for section in sections})
 
 
-def read_config(root: Path) -> ml_collections.ConfigDict:
+def read_config(root: Path, needed: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The config of the run in `root`, as far as its stages have recorded it.
 
     Raises:
-        StageError: no stage has begun there, or what one recorded is damaged.
+        StageError: no stage has begun there, what one recorded is damaged, or no stage recorded a
+            section or entry that is `needed`.
     """
     config: dict = {}
     for path in sorted(Path(root).glob("*/config.json")):
@@ -127,6 +128,12 @@ def read_config(root: Path) -> ml_collections.ConfigDict:
             section[entry] = tuple(value) if isinstance(value, list) else value
     if not config:
         raise StageError(f"{root} is no working directory: no stage has begun there")
+    missing = [name for name in needed if name not in config]
+    if missing:
+        raise StageError(
+            f"{root} is incomplete: no stage's config.json there has {', '.join(missing)}; copy "
+            "the whole working directory again"
+        )
     return ml_collections.ConfigDict(config).lock()
 
 

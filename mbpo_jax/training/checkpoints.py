@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -195,8 +196,34 @@ def save_params(directory: Path, params: Params) -> None:
         checkpointer.save(Path(directory).absolute(), params, force=True)
 
 
+def best_state(directory: Path, metric: str) -> Path:
+    """The folder of the state with the highest `metric` among the `Checkpoints` in `directory`,
+    which another process may be writing; `load_params` reads its parameters.
+
+    Raises:
+        FileNotFoundError: no state there was evaluated.
+    """
+    scores = {}
+    for path in Path(directory).absolute().glob("*/metrics/metrics"):
+        state = path.parents[1] / "state"
+        if path.parents[1].name.isdigit() and state.is_dir():
+            try:
+                scores[state] = json.loads(path.read_text()).get(metric, -math.inf)
+            except (ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}): delete {path.parents[1]}"
+                ) from error
+    if not scores:
+        raise FileNotFoundError(
+            f"no state in {directory} has its {metric}: only policy optimisation keeps the best, "
+            "from its first checkpoint on (--config.rl.checkpoint_every); take the last"
+        )
+    return max(scores, key=scores.__getitem__)
+
+
 def load_params(directory: Path, like: Params) -> Params:
-    """Reads parameters with the structure, shapes and shardings of `like`.
+    """Reads parameters with the structure, shapes and shardings of `like`, also from a state of
+    policy optimisation.
 
     Raises:
         FileNotFoundError: when the directory does not exist.
@@ -205,10 +232,14 @@ def load_params(directory: Path, like: Params) -> Params:
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise FileNotFoundError(f"no parameters at {directory}; run the stage that writes them")
-    check_readable(
+    found = check_readable(
         epath.Path(directory),
         f"copy it again from where it came, or delete {directory.parent} and run that stage again",
     )
+    if any(key[:2] == ("state", "params") for key in found):
+        args = _pytree_restore({"state": {"params": like}}, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(directory, args=args)["state"]["params"]
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(directory, abstract)

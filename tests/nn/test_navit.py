@@ -13,7 +13,7 @@ CONFIG = NaViTConfig(8, 1, 2, 16, patch_size=2, max_patches_per_side=4)
 def test_patches_are_row_major_with_channels_fastest():
     # Pixel value = 100 row + 10 column + channel.
     rows, columns, channels = np.meshgrid(range(4), range(4), range(2), indexing="ij")
-    image = (100 * rows + 10 * columns + channels)[None]
+    image = (100.0 * rows + 10 * columns + channels).astype(np.float32)[None]
     patches = navit.patchify(image, 2)
     assert patches.shape == (1, 4, 8)
     np.testing.assert_array_equal(patches[0, 1], [20, 21, 30, 31, 120, 121, 130, 131])

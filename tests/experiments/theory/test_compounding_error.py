@@ -47,11 +47,19 @@ def test_case_study_is_one_json_line():
     }
 
 
-def test_unknown_key_names_the_nearest(capsys):
-    with pytest.raises(SystemExit) as end:
-        experiment.parse_flags(["compounding_error", "--config.learned.episode=3"])
-    assert end.value.code != 0
-    assert "did you mean --config.learned.episodes?" in capsys.readouterr().err
+def test_unknown_key_names_the_nearest():
+    done = run_module("--config.learned.episode=3")
+    assert done.returncode == 1
+    assert "episodes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_entries_out_of_range_are_one_message():
+    done = run_module("--case_study", "--config.gamma=nan", "--config.random.problems=0")
+    assert done.returncode == 1
+    assert "gamma is nan" in done.stderr
+    assert "random.problems is 0" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_unknown_variant_names_the_nearest():

@@ -1,0 +1,202 @@
+"""What the entries of a config may be: checked before anything is run or written."""
+
+import math
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from mbpo_jax import seeds
+from mbpo_jax.policy.config import Pi0Config
+from mbpo_jax.stages.build import Config, build_world_model, dataclass_from, robot
+from mbpo_jax.training.checkpoints import flat_entries
+
+
+class Number(NamedTuple):
+    """The numbers from `low` to `high`; without `low` itself where `above`, without `high` where
+    `below`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def has(self, x: float) -> bool:
+        ends = (self.above and x == self.low) or (self.below and x == self.high)
+        return math.isfinite(x) and self.low <= x <= self.high and not ends
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.above else 'from'} {self.low:.10g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} to {'below ' if self.below else ''}{self.high:.10g}"
+
+
+COUNT = Number(1, 10**9)  # of anything there must be one of
+COUNT_OR_NONE = Number(0, 10**9)
+POSITIVE = Number(above=True)
+SHARE = Number(high=1)
+BELOW_ONE = Number(high=1, below=True)
+
+# The first pattern that an entry matches holds. Whole numbers that match none are counts, other
+# numbers are finite.
+NUMBERS = {
+    "robot.*": Number(-math.inf),  # `Embodiment` knows more
+    "seed": Number(0, seeds.LARGEST_SEED),
+    "tasks": Number(0, 10_000),
+    "profile_steps": COUNT_OR_NONE,
+    "image_size": Number(1, 4096),
+    "workers": Number(1, 1024),
+    # Four attempts at each must stay before the resets of the rollouts, and these before others'.
+    "demonstrations.episodes_per_task": Number(1, 12_500),
+    "rollouts.episodes_per_task": Number(1, 850_000),
+    "demonstrations.action_noise": Number(),
+    "evaluation.episodes_per_task": COUNT_OR_NONE,
+    "evaluation.resets_per_task": COUNT_OR_NONE,
+    "value.steps": COUNT_OR_NONE,
+    "world_model.vae_training.steps": COUNT_OR_NONE,
+    "*.warmup_steps": COUNT_OR_NONE,
+    "rl.critic_warmup": COUNT_OR_NONE,
+    "*.learning_rate": Number(),
+    "*.matrix_learning_rate": Number(),
+    "rl.*_lr": Number(),
+    "*.weight_decay": Number(),
+    "*.grad_clip": POSITIVE,
+    "*.ema_decay": BELOW_ONE,
+    "world_model.holdout_fraction": Number(high=1, above=True, below=True),
+    "world_model.reward_yes_fraction": SHARE,
+    "world_model.*_weight": Number(),
+    "world_model.model.augment_*": Number(),
+    "world_model.model.proprio_dim": COUNT_OR_NONE,
+    "world_model.model.vae.*_factor": Number(-math.inf),
+    "policy.lora.rank": COUNT_OR_NONE,
+    "policy.condition_dropout": SHARE,
+    "rl.discount": BELOW_ONE,
+    "rl.gae_lambda": SHARE,
+    "rl.reward_threshold": BELOW_ONE,
+    "rl.clip_ratio": POSITIVE,
+    "rl.value_clip": POSITIVE,
+    "rl.huber_delta": POSITIVE,
+    "rl.dual_clip": Number(),
+    "rl.anchor_weight": Number(),
+    "rl.flow.noise_std": POSITIVE,
+    "*noise_std": Number(),
+}
+
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "policy.normalization": ("quantile", "zscore"),
+    "policy.dtype": DTYPES,
+    "world_model.model.*.dtype": DTYPES,
+    "rl.world": ("world_model", "simulator"),
+    "rl.start_states_from": ("dataset", "episode_start"),
+    "rl.discount_per": ("paper", "reference"),
+    "parallel.world_model": ("replicated", "sharded", "offloaded"),
+    "parallel.rollout": ("shard_map", "pmap"),
+    "worker_backend": ("local", "ray"),
+    "evaluation.checkpoint": ("last", "best"),
+}
+
+
+def check_config(config: Config) -> None:
+    """Entries that the config lacks are not missed.
+
+    Raises:
+        ValueError: entries that no run can use; names each with its value and what it may be.
+    """
+    check_entries(config, NUMBERS, CHOICES)
+    _refuse(dict.fromkeys(_contradictions(config)))
+
+
+def check_entries(
+    config: Config,
+    numbers: Mapping[str, Number],
+    choices: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+) -> None:
+    """The same for entries one by one, by patterns of their names as in `NUMBERS` and `CHOICES`."""
+    wrong = []
+    for name, value in flat_entries(config.to_dict()).items():
+        known = [values for pattern, values in choices.items() if fnmatchcase(name, pattern)]
+        if known and value not in known[0]:
+            wrong.append(f"{name} is {value!r}: one of {', '.join(known[0])}")
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if problem := _number_problem(name, part, numbers):
+                wrong.append(f"{name} is {value!r}: {problem}")
+    _refuse(dict.fromkeys(wrong))
+
+
+def _refuse(wrong: Iterable[str]) -> None:
+    lines = "".join(f"\n  {line}" for line in wrong)
+    if lines:
+        raise ValueError(f"the config cannot be used (--config.ENTRY=VALUE changes one):{lines}")
+
+
+def _number_problem(name: str, value: Any, numbers: Mapping[str, Number]) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"numbers {numbers[name]}" if name in numbers else None
+    default = COUNT if isinstance(value, int) else Number(-math.inf)
+    limits = next((r for p, r in numbers.items() if fnmatchcase(name, p)), default)
+    if limits.has(value):
+        return None
+    kind = "whole" if isinstance(value, int) else "finite"
+    return f"a {kind} number{'' if limits.low == -math.inf else f' {limits}'}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Entries that do not fit each other."""
+    for part in (_robot, _models, _chunks, _simulator, _branches):
+        try:
+            yield from part(config)
+        except ValueError as error:
+            yield str(error)
+
+
+def _robot(config: Config) -> Iterator[str]:
+    known = robot(config).cameras
+    cameras = config.cameras
+    unknown = [camera for camera in cameras if camera not in known]
+    if unknown or not cameras or len(set(cameras)) < len(cameras):
+        yield f"cameras is {cameras!r}: some of the robot's, each once: {', '.join(known)}"
+
+
+def _models(config: Config) -> Iterator[str]:
+    dataclass_from(Pi0Config, {**config.policy, "flow": config.rl.flow})
+    size = config.policy.vision.image_size
+    if config.image_size != size and not config.policy.resize_images:
+        yield (
+            f"image_size is {config.image_size} and policy.vision.image_size is {size}: the same, "
+            "or policy.resize_images=True"
+        )
+    if not config.pretrained.world_tokenizer:  # which may be on another machine
+        build_world_model(config)
+
+
+def _chunks(config: Config) -> Iterator[str]:
+    if config.policy.chunk != config.chunk:
+        yield f"chunk is {config.chunk} and policy.chunk is {config.policy.chunk}: the same"
+    for section in ("demonstrations", "rollouts"):
+        every = config[section].get("render_every", 1)
+        if config.chunk % every:
+            yield f"{section}.render_every is {every}: it divides chunk, {config.chunk}"
+
+
+def _simulator(config: Config) -> Iterator[str]:
+    if "max_steps" in config and config.max_steps < config.chunk:
+        yield f"max_steps is {config.max_steps}: at least a chunk, {config.chunk}"
+    if "max_steps" in config and (not config.tasks or len(set(config.tasks)) < len(config.tasks)):
+        yield f"tasks is {config.tasks!r}: one or more numbers, each once"
+
+
+def _branches(config: Config) -> Iterator[str]:
+    rl = config.rl
+    if 0 < rl.dual_clip <= 1:
+        yield f"rl.dual_clip is {rl.dual_clip}: 0, or above 1"
+    for size in ("imagination_batch", "group_size"):
+        if rl.start_states % rl[size]:
+            yield f"rl.start_states is {rl.start_states}: a multiple of rl.{size}, {rl[size]}"
+    minibatch = min(rl.minibatch_size, rl.start_states * rl.branch_chunks)
+    if minibatch % rl.gradient_accumulation:
+        yield (
+            f"rl.minibatch_size is {minibatch}: a multiple of rl.gradient_accumulation, "
+            f"{rl.gradient_accumulation}"
+        )
