@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mbpo_jax.data.formats.lerobot import DRAWN, TARGET_ACTIONS
+from mbpo_jax.data.formats.recording import encode_image
 from mbpo_jax.episode import Episode
 
 FILE_BYTES = 100 * 2**20  # a table that has reached this size is the last of its file
