@@ -46,15 +46,13 @@ class Autoencoder:
             loss += self.config.lpips_weight * metrics["vae/lpips"]
         return loss, metrics
 
-    def moments(
-        self, params: Params, images: UInt8[Array, "B H W 3"]
-    ) -> Float[Array, "B h w two_z"]:
+    def moments(self, params: Params, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w zz"]:
         """Mean and log-variance of the posterior, one after the other."""
         pixels = resize(to_pixels(images), self.config.vae_image_size)
         return jnp.concatenate(vae.moments(params["vae"], self.config.vae, pixels), axis=-1)
 
     def latents(
-        self, params: Params, moments: Float[Array, "B h w two_z"], key: Array | None
+        self, params: Params, moments: Float[Array, "B h w zz"], key: Array | None
     ) -> Float[Array, "B h w z"]:
         """Standardised latents: a posterior sample where there is a key and the model is BAGEL's
         ("velocity"), else the mean."""

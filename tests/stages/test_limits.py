@@ -68,6 +68,8 @@ def test_every_variant_can_be_used(module):
 def test_all_wrong_entries_are_listed_before_anything_is_written(tmp_path):
     config = libero_long.get_config("tiny")
     config.rl.discount, config.sft.batch_size = 1.5, 0
-    with pytest.raises(ValueError, match=r"(?s)sft\.batch_size is 0.*rl\.discount is 1\.5"):
+    with pytest.raises(ValueError, match="config") as error:
         pipeline.run(config, tmp_path / "run")
+    assert "sft.batch_size is 0" in str(error.value)
+    assert "rl.discount is 1.5" in str(error.value)
     assert not (tmp_path / "run").exists()
