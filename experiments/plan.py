@@ -42,11 +42,11 @@ MORE_DEVICES = (64, 512)
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES.value)
     with one_message():
         check_config(CONFIG.value)
         counts = _device_counts()
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES.value)
     if WEAK_SCALING.value:
         with one_message():
             scaling = plan.weak_scaling(CONFIG.value, jax.devices(), counts, ONLY.value)

@@ -7,6 +7,7 @@ from jaxtyping import TypeCheckError
 
 from mbpo_jax.mbpo import generalized_advantages
 from mbpo_jax.nn.navit import patchify
+from mbpo_jax.world_model.autoencoder import to_pixels
 
 
 def test_a_wrong_shape_is_refused():
@@ -16,8 +17,13 @@ def test_a_wrong_shape_is_refused():
         generalized_advantages(value, value, value, jnp.zeros((1, 2)), 0.9, 0.9)
 
 
-def test_a_wrong_dtype_is_refused():
-    images = np.zeros((1, 8, 8, 3), np.float32)
-    patchify(images, 4)
+def test_models_are_checked_too():
     with pytest.raises(TypeCheckError, match="images"):
-        patchify(images.astype(np.uint8), 4)
+        patchify(np.zeros((8, 8, 3)), 4)
+
+
+def test_a_wrong_dtype_is_refused():
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    to_pixels(images)
+    with pytest.raises(TypeCheckError, match="images"):
+        to_pixels(images.astype(np.float32))

@@ -12,7 +12,9 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 
 
 def tiny_config():
-    return libero_long.get_config("tiny")
+    config = libero_long.get_config("tiny")
+    config.evaluation.checkpoint = "best"
+    return config
 
 
 @pytest.mark.libero

@@ -187,6 +187,9 @@ def iterate_episodes(directory: str | Path) -> Iterator[Episode]:
     directory = Path(directory)
     if not directory.exists():
         raise ValueError(f"no dataset at {directory}: run the stage that writes it")
+    files = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if not any(name.endswith(".json") or "array_record" in name for name in files):
+        raise ValueError(f"no dataset at {directory}: name the folder `dataset` of a stage")
     with _corruption_of(directory):
         builder = tfds.builder_from_directory(directory)
         split = builder.info.splits["train"]

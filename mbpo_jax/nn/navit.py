@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mbpo_jax.nn.layers import dense, linear, softmax_average
 
@@ -57,7 +57,7 @@ def init(config: NaViTConfig, key: Array) -> Params:
     }
 
 
-def patchify(images: Float[Array, "B H W C"], patch: int) -> Float[Array, "B n patch_values"]:
+def patchify(images: Shaped[Array, "B H W C"], patch: int) -> Shaped[Array, "B n patch_values"]:
     """Row-major patches, each flattened as (row in patch, column in patch, channel)."""
     b, height, width, c = images.shape
     x = images.reshape(b, height // patch, patch, width // patch, patch, c)

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from mbpo_jax.data.normalization import read_norm_stats
 from mbpo_jax.data.pipelines import branch_starts, collate
 from mbpo_jax.mbpo import imagine
 from mbpo_jax.seeds import stream
-from mbpo_jax.stages.build import load_policy, load_world_model, observation_builder
+from mbpo_jax.stages.build import build_policy, load_policy, load_world_model, observation_builder
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.imagination import branch_keys
 from mbpo_jax.stages.statistics import mcnemar_exact, success_rate
@@ -36,26 +37,26 @@ def imagine_held_out(workspace: Workspace, directory: Path) -> dict:
     if not len(states):
         raise StageError("no states are held out; raise --config.world_model.holdout_fraction")
     wanted = np.linspace(0, len(states) - 1, START_STATES).round().astype(int)
+    sft = workspace.directory("sft")
+    policy = build_policy(config, read_norm_stats(sft / "norm_stats.json"))
+
+    @jax.jit
+    def success(params, world_params, start, keys):
+        branch = imagine(
+            policy,
+            world,
+            params,
+            world_params,
+            start,
+            keys,
+            chunks=config.world_model.horizon,
+            reward_threshold=config.rl.reward_threshold or 0.5,
+        )
+        return (branch.reward > 0).any(0)
+
     succeeded = {}
     for name, stage in (("sft", "sft"), ("improved", "improve")):
-        policy, params = load_policy(
-            config, workspace.directory("sft"), workspace.directory(stage) / "policy"
-        )
-
-        @jax.jit
-        def success(params, world_params, start, keys, policy=policy):
-            branch = imagine(
-                policy,
-                world,
-                params,
-                world_params,
-                start,
-                keys,
-                chunks=config.world_model.horizon,
-                reward_threshold=config.rl.reward_threshold or 0.5,
-            )
-            return (branch.reward > 0).any(0)
-
+        _, params = load_policy(config, sft, workspace.directory(stage) / "policy")
         parts = []
         for i in range(0, START_STATES, config.rl.imagination_batch):
             rows = np.arange(i, min(i + config.rl.imagination_batch, START_STATES))

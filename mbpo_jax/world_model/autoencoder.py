@@ -45,12 +45,12 @@ class Autoencoder:
             loss += self.config.lpips_weight * metrics["vae/lpips"]
         return loss, metrics
 
-    def moments(self, params: Params, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w 2*z"]:
+    def moments(self, params: Params, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w zz"]:
         """Mean and log-variance of the posterior, one after the other."""
         pixels = resize(to_pixels(images), self.config.vae_image_size)
         return jnp.concatenate(vae.moments(params["vae"], self.config.vae, pixels), axis=-1)
 
-    def latents(self, moments: Float[Array, "B h w 2*z"], key: Array) -> Float[Array, "B h w z"]:
+    def latents(self, moments: Float[Array, "B h w zz"], key: Array) -> Float[Array, "B h w z"]:
         """Scaled posterior samples."""
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         raw = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)

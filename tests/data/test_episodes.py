@@ -164,3 +164,11 @@ def test_missing_or_garbled_file(tmp_path, make_episode, name):
     file.unlink()
     with pytest.raises(ValueError, match=r"is corrupt or truncated.*delete the directory"):
         read_episodes(tmp_path / "data")
+
+
+def test_a_path_that_is_no_dataset_is_not_to_be_deleted(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path):
+        with pytest.raises(ValueError, match="no dataset") as error:
+            read_episodes(path)
+        assert "delete" not in str(error.value)

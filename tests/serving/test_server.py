@@ -269,6 +269,11 @@ def test_choosing_needs_a_value_and_something_to_choose_among(checkpoint):
         load(checkpoint, SIZES, best_of=2)
 
 
+def test_only_policy_optimisation_has_a_best_state(checkpoint):
+    with pytest.raises(FileNotFoundError, match="imagined_success"):
+        load(checkpoint, SIZES, best=True)
+
+
 @pytest.mark.libero
 def test_episodes_over_the_server_equal_those_in_process(checkpoint, served):
     pytest.importorskip("libero", reason="the simulator is not installed (extra: libero)")

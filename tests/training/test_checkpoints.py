@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.training.checkpoints import Checkpoints, load_params, save_params
+from mbpo_jax.training.checkpoints import Checkpoints, best_state, load_params, save_params
 
 ORIGIN = {"config": {"rl.discount": 0.9, "rl.updates": 5}, "seed": 1}
 
@@ -56,6 +56,26 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert checkpoints.latest_step() == 6
         assert_state(checkpoints.restore(state(0))[0], 6)
         assert_state(checkpoints.restore(state(0), step=2)[0], 2)
+
+
+def test_the_best_parameters_are_read_from_a_state(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", best="success") as checkpoints:
+        for step, value in {1: 0.9, 2: 0.4}.items():
+            whole = {"state": state(step), "branch": jnp.zeros(2)}
+            checkpoints.save(step, whole, metrics={"success": value})
+    best = best_state(tmp_path / "checkpoints", "success")
+    assert best.parent.name == "1"
+    found = load_params(best, state(0)["params"])
+    jax.tree.map(np.testing.assert_array_equal, found, state(1)["params"])
+
+
+def test_without_an_evaluated_state_there_is_no_best(tmp_path):
+    with pytest.raises(FileNotFoundError, match="success"):
+        best_state(tmp_path / "nowhere", "success")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1))
+    with pytest.raises(FileNotFoundError, match="success"):
+        best_state(tmp_path, "success")
 
 
 def test_another_origin_is_refused_with_what_differs(tmp_path):
