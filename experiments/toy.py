@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arguments import number
 from mbpo_jax.mbpo import MBPO, Settings, flattened, imagine
 from mbpo_jax.toy import CHUNK, ToyPolicy, ToyWorld, WrongWorld, observation
 from mbpo_jax.types import Demonstration, WorldModel
@@ -103,11 +104,11 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for results")
-    parser.add_argument("--iterations", type=int, default=60, help="refills of imagined branches")
+    parser.add_argument(
+        "--iterations", type=number(int, 1), default=60, help="refills of imagined branches"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.iterations < 1:
-        parser.error(f"--iterations={options.iterations}: at least 1")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -141,11 +141,7 @@ class MBPO:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        settings: Settings,
-        chunk: int,
-        trainable: Params | None = None,
+        self, policy: Policy, settings: Settings, chunk: int, trainable: Params | None = None
     ):
         self.policy, self.settings = policy, settings
         self.discount, self.reward_weight = chunk_discount(
@@ -174,14 +170,8 @@ class MBPO:
         the value where they started.
         """
         rl = self.settings
-        advantage, returns = generalized_advantages(
-            branch.reward,
-            branch.value,
-            branch.done,
-            branch.bootstrap_value,
-            self.discount,
-            rl.gae_lambda,
-        )
+        recorded = branch.reward, branch.value, branch.done, branch.bootstrap_value
+        advantage, returns = generalized_advantages(*recorded, self.discount, rl.gae_lambda)
         if rl.group_size > 1:
             advantage = advantage.at[0].set(leave_one_out(returns[0], rl.group_size))
         if rl.exchange_advantages:
@@ -200,14 +190,9 @@ class MBPO:
         """Actor loss + critic loss of `outputs`, and metrics. The critic reads stop-gradient
         features, so that the sum's gradient is each network's own."""
         rl, mask, returns = self.settings, batch.mask, batch.returns
+        clip = rl.clip_ratio, rl.clip_ratio
         actor, metrics = actor_loss(
-            log_prob,
-            batch.log_prob,
-            batch.advantage,
-            mask,
-            rl.clip_ratio,
-            rl.clip_ratio,
-            rl.dual_clip,
+            log_prob, batch.log_prob, batch.advantage, mask, clip, rl.dual_clip
         )
         critic = critic_loss(value, batch.value, returns, mask, rl.value_clip, rl.huber_delta)
         error = returns - value
@@ -242,24 +227,19 @@ class MBPO:
                 lambda g, p: g + self.settings.anchor_weight * p, gradient["actor"], pull
             )
             metrics["anchor_loss"] = anchor["loss"]
-        actor, actor_opt = _step(
-            self.actor_tx, gradient["actor"], state.actor_opt, state.params["actor"]
-        )
-        critic, critic_opt = _step(
-            self.critic_tx, gradient["critic"], state.critic_opt, state.params["critic"]
-        )
+        before = state.params
+        actor = _step(self.actor_tx, gradient["actor"], state.actor_opt, before["actor"])
+        critic = _step(self.critic_tx, gradient["critic"], state.critic_opt, before["critic"])
         warm = state.step >= self.settings.critic_warmup
-        actor, actor_opt = jax.tree.map(
-            lambda new, old: jnp.where(warm, new, old),
-            (actor, actor_opt),
-            (state.params["actor"], state.actor_opt),
+        actor = jax.tree.map(
+            lambda new, old: jnp.where(warm, new, old), actor, (before["actor"], state.actor_opt)
         )
         metrics |= {
             "actor_grad_norm": optax.tree.norm(gradient["actor"]),
             "critic_grad_norm": optax.tree.norm(gradient["critic"]),
         }
-        params = {"actor": actor, "critic": critic}
-        return State(params, actor_opt, critic_opt, state.step + 1), metrics
+        params = {"actor": actor[0], "critic": critic[0]}
+        return State(params, actor[1], critic[1], state.step + 1), metrics
 
     def gradient(self, params: Params, batch: Branch) -> tuple[Params, dict[str, Array]]:
         """The gradient of `loss` and the metrics, in slices of the batch if so configured."""
@@ -365,23 +345,23 @@ def actor_loss(
     old_log_prob: Float[Array, "*n"],
     advantage: Float[Array, "*n"],
     mask: Float[Array, "*n"],
-    clip_low: float,
-    clip_high: float,
+    clip: tuple[float, float],
     dual_clip: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Clipped surrogate (arXiv 1707.06347, eq. 7), negated to be minimised.
 
     Args:
+        clip: how far below and above 1 a ratio still counts.
         dual_clip: ratio beyond which a negative advantage no longer counts more (arXiv 1912.09729,
             eq. 5): without it one chunk that has become likelier can outweigh all others. 0: none.
 
     Returns:
         (loss, metrics): `approx_kl` is the mean of (ρ - 1) - log ρ, which is never negative;
-        `clip_fraction` the share of ratios outside [1 - clip_low, 1 + clip_high].
+        `clip_fraction` the share of ratios outside of that.
     """
     log_ratio = jnp.where(mask > 0, log_prob - old_log_prob, 0.0)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    clipped = jnp.clip(ratio, 1.0 - clip[0], 1.0 + clip[1])
     loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
     if dual_clip:
         loss = jnp.where(advantage < 0, jnp.minimum(loss, -advantage * dual_clip), loss)

@@ -97,7 +97,7 @@ def test_groups_exchange_their_advantages():
 )
 def test_clipping_by_hand(ratio, advantage, loss):
     value, _ = actor_loss(
-        jnp.log(jnp.array([ratio])), jnp.zeros(1), jnp.array([advantage]), jnp.ones(1), 0.1, 0.1
+        jnp.log(jnp.array([ratio])), jnp.zeros(1), jnp.array([advantage]), jnp.ones(1), (0.1, 0.1)
     )
     np.testing.assert_allclose(value, loss, atol=1e-6)
 
@@ -105,7 +105,11 @@ def test_clipping_by_hand(ratio, advantage, loss):
 def test_masked_entries_have_no_weight_and_no_gradient():
     def loss(log_prob):
         return actor_loss(
-            log_prob, jnp.zeros(3), jnp.array([1.0, 2.0, 5.0]), jnp.array([1.0, 1.0, 0.0]), 0.1, 0.1
+            log_prob,
+            jnp.zeros(3),
+            jnp.array([1.0, 2.0, 5.0]),
+            jnp.array([1.0, 1.0, 0.0]),
+            (0.1, 0.1),
         )[0]
 
     grad = jax.grad(loss)(jnp.zeros(3))
@@ -115,8 +119,8 @@ def test_masked_entries_have_no_weight_and_no_gradient():
 
 def test_the_clip_range_may_be_asymmetric():
     one = jnp.ones(1)
-    gain, _ = actor_loss(jnp.log(1.3 * one), jnp.zeros(1), 2 * one, one, 0.1, 0.28)
-    loss, metrics = actor_loss(jnp.log(0.8 * one), jnp.zeros(1), -2 * one, one, 0.1, 0.28)
+    gain, _ = actor_loss(jnp.log(1.3 * one), jnp.zeros(1), 2 * one, one, (0.1, 0.28))
+    loss, metrics = actor_loss(jnp.log(0.8 * one), jnp.zeros(1), -2 * one, one, (0.1, 0.28))
     np.testing.assert_allclose((gain, loss), (-2.56, 1.8), atol=1e-6)
     assert metrics["clip_fraction"] == 1
 
@@ -126,7 +130,7 @@ def test_the_dual_clip_bounds_a_bad_chunk():
     def loss(log_ratio, advantage):
         one = jnp.ones(1)
         arguments = log_ratio * one, 0 * one, advantage * one, one
-        return actor_loss(*arguments, 0.1, 0.1, dual_clip=3.0)[0]
+        return actor_loss(*arguments, (0.1, 0.1), dual_clip=3.0)[0]
 
     high = jnp.log(5.0)
     np.testing.assert_allclose(loss(high, -2.0), 6.0, atol=1e-6)

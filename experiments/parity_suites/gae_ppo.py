@@ -78,7 +78,7 @@ def _actor(golden) -> dict[str, jax.Array]:
     for case, valid in (("asym", mask.astype(np.float32)), ("asym_nomask", np.ones(mask.shape))):
 
         def loss(log_prob, valid=valid):
-            return actor_loss(log_prob, old, advantage, valid, *_clip_range(golden))[0]
+            return actor_loss(log_prob, old, advantage, valid, _clip_range(golden))[0]
 
         value, gradient = jax.value_and_grad(loss)(jnp.asarray(golden["actor/flat/logprobs"]))
         found |= {f"actor/flat/{case}/loss": value, f"actor/flat/{case}/grad_logprobs": gradient}
@@ -109,7 +109,7 @@ def _combined(golden) -> dict[str, jax.Array]:
     old = golden["entry/old_logprobs"].sum((1, 2))
 
     def loss(log_prob):
-        actor, _ = actor_loss(log_prob.sum((1, 2)), old, advantage, mask, *_clip_range(golden))
+        actor, _ = actor_loss(log_prob.sum((1, 2)), old, advantage, mask, _clip_range(golden))
         clip, huber = float(golden["ppo/value_clip"]), float(golden["ppo/huber_delta"])
         return actor + critic_loss(value, old_value, target, mask, clip, huber)
 
