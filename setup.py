@@ -35,7 +35,6 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.7",
         "hypothesis>=6.130",
-        "typeguard>=4.4",
         "ruff>=0.12",
         "import-linter>=2.3",
         "websockets>=15,<18",

@@ -2,7 +2,7 @@
 
 Only arrays are checked. The known checkers of all types refuse what is right here: JAX fills the
 records of a tree with things that are no arrays, tests put simple objects in the place of a policy
-or a world, and typeguard 4 cannot read jaxtyping's annotations.
+or a world, and most cannot read its annotations.
 """
 
 import functools
