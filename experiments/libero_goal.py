@@ -1,7 +1,7 @@
 """VLA-MBPO end to end on LIBERO-Goal.
 
-    python -m experiments.libero_goal
-    python -m experiments.libero_goal --config=configs/libero_goal.py:paper --workdir=DIR
+python -m experiments.libero_goal
+python -m experiments.libero_goal --config=configs/libero_goal.py:paper --workdir=DIR
 """
 
 from experiments.libero_long import run_suite
