@@ -54,6 +54,9 @@ _ARRAYS = ("timesteps", "proprio", "actions", "target_actions", "num_actions")
 def pack(workdir: Path, stage: str, out: Path, quality: int = 95) -> dict[str, dict[str, float]]:
     """Writes the archive; `out` appears when it is complete.
 
+    Args:
+        quality: of the frames, 0 to 99, or 100 for lossless ones.
+
     Returns:
         stage of a dataset -> {"episodes", "frames", "psnr": in dB over all pixels, "worst_psnr":
         of the worst frame}.
@@ -229,7 +232,8 @@ def _decoded(content: bytes) -> Episode:
 
 def _picture(frame: np.ndarray, quality: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(frame).save(file, "WEBP", quality=quality, method=6)
+    lossless = quality == 100
+    Image.fromarray(frame).save(file, "WEBP", quality=quality, lossless=lossless, method=6)
     return file.getvalue()
 
 
@@ -244,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="working directory of a run")
     parser.add_argument("--for", dest="stage", choices=tuple(NEEDS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="the file to be written")
-    parser.add_argument("--quality", type=int, default=95, help="of WebP, 0 to 100")
+    parser.add_argument("--quality", type=int, default=95, help="of WebP; 100: lossless")
     options = parser.parse_args(arguments)
     if not 0 <= options.quality <= 100:
         parser.error(f"--quality is {options.quality}: 0 to 100")

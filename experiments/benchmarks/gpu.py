@@ -171,11 +171,7 @@ class Skipped(Exception):
 
 
 class TooLarge(Skipped):
-    """A program that does not fit the device; batches above `hope` will not fit either."""
-
-    def __init__(self, message: str, hope: float):
-        super().__init__(message)
-        self.hope = hope
+    """A program that does not fit the device."""
 
 
 def groups(sizes: Sizes) -> tuple[Group, ...]:
@@ -480,14 +476,12 @@ class Bench:
         Raises:
             Skipped: none fits, or there is no time.
         """
-        hope, problem = float("inf"), ""
+        problem = ""
         for batch in row.batches:
-            if batch > hope:
-                continue
             try:
                 return self._measured(name, row.work(params, batch), batch)
             except TooLarge as error:
-                hope, problem = error.hope, str(error)
+                problem = str(error)
             gc.collect()  # what the attempt has left on the device
         raise Skipped(problem)
 
@@ -507,7 +501,7 @@ class Bench:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise TooLarge(f"out of memory at batch {batch}", hope=batch / 2) from None
+            raise TooLarge(f"out of memory at batch {batch}") from None
         after = _memory("peak_bytes_in_use")
         middle, best = float(np.median(seconds)), min(seconds)
         if name == "matrix_peak":
@@ -569,10 +563,9 @@ def _checked_need(compiled: Any, batch: int) -> int:
     needed -= memory.alias_size_in_bytes
     limit = _memory("bytes_limit")
     if limit and needed > limit:
-        # At best all that it needs beside its arguments shrinks with the batch.
-        hope = min(batch * (limit - arguments) / (needed - arguments), batch / 2)
-        text = f"{needed / GIB:.1f} GiB are needed at batch {batch}, and JAX has {limit / GIB:.1f}"
-        raise TooLarge(text, hope)
+        raise TooLarge(
+            f"{needed / GIB:.1f} GiB are needed at batch {batch}, and JAX has {limit / GIB:.1f}"
+        )
     return needed
 
 

@@ -106,7 +106,7 @@ def test_a_round_trip_changes_nothing_but_pixels(workdir, archive, tmp_path, cap
 
 def test_packing_tells_the_error_of_the_frames(workdir, tmp_path, capsys):
     psnr = {}
-    for quality in (10, 95):
+    for quality in (10, 95, 100):
         out = tmp_path / f"{quality}.tar"
         found = pack.pack(workdir, "world_model", out, quality)
         assert found["rollouts"]["episodes"] == 2
@@ -116,6 +116,7 @@ def test_packing_tells_the_error_of_the_frames(workdir, tmp_path, capsys):
             assert not [name for name in opened.getnames() if "sft/policy" in name]
             assert "sft/config.json" in opened.getnames()
     assert psnr[95] > psnr[10]
+    assert psnr[100] == np.inf
     out = tmp_path / "again.tar"
     assert run(pack, f"--workdir={workdir}", "--for=world_model", f"--out={out}") == 0
     assert f"rollouts: 2 episodes, 12 frames, PSNR {psnr[95]:.1f} dB" in capsys.readouterr().out
