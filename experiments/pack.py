@@ -168,7 +168,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> str:
 
 
 def _index(archive: Path) -> dict:
-    with tarfile.open(archive) as opened:
+    with tarfile.open(archive, "r:") as opened:
         file = opened.extractfile(_INDEX)
         index = json.loads(file.read())
     for name in index["files"]:
@@ -182,7 +182,7 @@ def _contents(
     archive: Path, index: dict, folder: PurePosixPath | None = None
 ) -> Iterator[tuple[str, bytes]]:
     """Name and content of the files listed, or of those in a folder, checked."""
-    with tarfile.open(archive) as opened:
+    with tarfile.open(archive, "r:") as opened:
         for name, digest in index["files"].items():
             if folder is not None and PurePosixPath(name).parent != folder:
                 continue
