@@ -5,15 +5,21 @@ python -m experiments.benchmark --target=world_model
 python -m experiments.benchmark --target=server
 python -m experiments.benchmark --target=imagination
 python -m experiments.benchmark --target=data
+python -m experiments.benchmark --target=gpu --out=DIR
 
 Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
 rounds with its 95 % bootstrap interval, below 1 where this package is faster.
 The policy server has no peer: its latency is printed under several clients at once. After the
 times of imagination comes what its steps cost a device on 1 to 8 devices, from compiled programs
 (`python -m experiments.plan --weak_scaling=1,2,4,8`).
+
+`--target=gpu` has no peer: it times the released sizes (π0.5, BAGEL, `small`) on one accelerator,
+with random parameters, in one call of --minutes. It needs jax, flax, optax, orbax-checkpoint and
+chex alone, and appends every result to DIR/gpu.json at once.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import platform
@@ -24,16 +30,15 @@ from pathlib import Path
 
 import jax
 
-from configs import libero_long
 from experiments.arguments import number, numbers
-from experiments.benchmarks import data, imagination, policy, world_model
 
+VARIANTS = ("tiny", "micro", "small", "paper")
 SIZES = {  # of each target: those there are, and the default
-    "policy": (tuple(policy.sizes()), "tiny,small"),
-    "world_model": (tuple(world_model.sizes()), "tiny,small"),
-    "server": (tuple(policy.sizes()), "tiny,small"),
-    "imagination": (libero_long.VARIANTS, "micro"),
-    "data": (libero_long.VARIANTS, "micro"),
+    "policy": (("tiny", "small", "pi05"), "tiny,small"),
+    "world_model": (("tiny", "small", "bagel"), "tiny,small"),
+    "server": (("tiny", "small", "pi05"), "tiny,small"),
+    "imagination": (VARIANTS, "micro"),
+    "data": (VARIANTS, "micro"),
 }
 
 
@@ -41,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=tuple(SIZES), required=True)
+    parser.add_argument("--target", choices=(*SIZES, "gpu"), required=True)
     parser.add_argument(
         "--sizes",
         help="comma-separated; "
@@ -67,20 +72,33 @@ def main(arguments: list[str] | None = None) -> int:
         "--clients", type=numbers(1, 1000), default="1,4,16", help="server: numbers of clients"
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark"))
+    gpu = parser.add_argument_group("--target=gpu")
+    gpu.add_argument("--out", type=Path, help="folder of gpu.json; runs/benchmark by default")
+    gpu.add_argument(
+        "--size", choices=("full", "tiny"), default="full", help="tiny: the same on a CPU, to try"
+    )
+    gpu.add_argument(
+        "--minutes", type=float, default=8.0, help="a row that does not fit is skipped and named"
+    )
+    gpu.add_argument("--rows", default="", help="comma-separated; by default all")
+    gpu.add_argument(
+        "--profile", default="", metavar="ROW", help="trace this row too; print what takes longest"
+    )
     options = parser.parse_args(arguments)
+    if options.target == "gpu":
+        return _gpu(options, parser)
     known, default = SIZES[options.target]
     sizes = (options.sizes or default).split(",")
     if unknown := set(sizes) - set(known):
         parser.error(f"--sizes: {sorted(unknown)} not among {sorted(known)}")
     if options.openpi and not shutil.which(options.openpi):
         parser.error(f"--openpi: {options.openpi} is no program")
-    if options.target == "policy" and not options.openpi:
-        print(policy.MISSING, file=sys.stderr)
     with_sockets = options.target in ("server", "imagination")
     if with_sockets and importlib.util.find_spec("websockets") is None:
         parser.error(f"--target={options.target} needs: pip install -e '.[serve]'")
-    if options.target == "server":
-        from experiments.benchmarks import server
+    target = importlib.import_module(f"experiments.benchmarks.{options.target}")
+    if options.target == "policy" and not options.openpi:
+        print(target.MISSING, file=sys.stderr)
     try:
         options.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -89,14 +107,15 @@ def main(arguments: list[str] | None = None) -> int:
     for size in sizes:
         if options.target == "policy":
             batches = {"sample": options.sample_batch, "train": options.train_batch}
-            rows += policy.run(size, batches, options.repeats, options.openpi)
+            rows += target.run(size, batches, options.repeats, options.openpi)
         elif options.target == "world_model":
-            rows += world_model.run(size, options.batches, options.repeats)
+            rows += target.run(size, options.batches, options.repeats)
         elif options.target == "server":
-            rows += server.run(size, options.clients, 10 * options.repeats)
+            rows += target.run(size, options.clients, 10 * options.repeats)
         else:
+            from configs import libero_long
+
             config = libero_long.get_config(size)
-            target = {"imagination": imagination, "data": data}[options.target]
             rows += target.run(config, size, options.repeats)
     _print_latency(rows) if options.target == "server" else _print(rows)
     path = options.workdir / f"{options.target}.json"
@@ -107,6 +126,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.target == "imagination":
         _print_weak_scaling(sizes)
     return 0
+
+
+def _gpu(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from experiments.benchmarks import gpu
+
+    rows = [name for name in options.rows.split(",") if name]
+    out = options.out or options.workdir
+    try:
+        failed = gpu.run(options.size, out, options.minutes, rows, options.profile)
+    except ValueError as error:
+        parser.error(str(error))
+    return 1 if failed else 0
 
 
 def _print(rows: list[dict]) -> None:
@@ -141,7 +172,7 @@ def _print_weak_scaling(sizes: list[str]) -> None:
     """In processes of their own, which have eight virtual devices."""
     for size in sizes:
         command = [sys.executable, "-m", "experiments.plan", "--weak_scaling=1,2,4,8"]
-        config = Path(libero_long.__file__)
+        config = Path(__file__).parents[1] / "configs" / "libero_long.py"
         subprocess.run([*command, f"--config={config}:{size}"], check=True)
 
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float
 
 from mbpo_jax.gradients import join_rows, summed_value_and_grad
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.types import Branch, Demonstration, Observation, Params, Policy, WorldModel
 
 

@@ -14,10 +14,11 @@ def matmul_flops(function: Callable, *arguments) -> float:
     Raises:
         ValueError: the program has a `while_loop`, whose number of rounds is not known.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return program_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _count(jaxpr) -> float:
+def program_flops(jaxpr) -> float:
+    """As `matmul_flops`, of a program that is traced already."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -32,14 +33,14 @@ def _count(jaxpr) -> float:
             taps = math.prod(kernel) / outputs
             total += 2.0 * taps * math.prod(equation.outvars[0].aval.shape)
         elif name == "scan":
-            total += parameters["length"] * _count(parameters["jaxpr"].jaxpr)
+            total += parameters["length"] * program_flops(parameters["jaxpr"].jaxpr)
         elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in parameters["branches"])
+            total += max(program_flops(branch.jaxpr) for branch in parameters["branches"])
         elif name == "while":
-            if _count(parameters["body_jaxpr"].jaxpr):
+            if program_flops(parameters["body_jaxpr"].jaxpr):
                 raise ValueError("a while_loop with matrix products: their number is not known")
         else:
-            total += sum(_count(inner) for inner in _inner(parameters))
+            total += sum(program_flops(inner) for inner in _inner(parameters))
     return total
 
 

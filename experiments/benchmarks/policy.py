@@ -77,10 +77,9 @@ def run(size: str, batch_sizes: dict[str, int], repeats: int, openpi: str | None
 
 def _ours(config: Pi0Config, work: str, batch: int) -> tuple[Run, float]:
     """The run, and the floating-point operations of its matrix products."""
-    stats = NormStats(*(np.full(config.action_dim, x, np.float32) for x in (0, 1, -1, 1)))
-    policy = FlowPolicy(config, stats, stats, CAMERAS, [(-1.0, 1.0)] * config.action_dim)
+    policy = build(config)
     params = jax.jit(policy.init)(jax.random.key(0))
-    observation = _observation(config, batch)
+    observation = inputs(config, batch)
     key = jax.random.key(1)
     if work == "sample":
         act, params = jax.jit(policy.act), jax.jit(policy.for_inference)(params)
@@ -96,7 +95,14 @@ def _ours(config: Pi0Config, work: str, batch: int) -> tuple[Run, float]:
     return training_run(loss_fn, params["actor"], {}, (observation, actions))
 
 
-def _observation(config: Pi0Config, batch: int) -> Observation:
+def build(config: Pi0Config) -> FlowPolicy:
+    """The policy of a robot with openpi's cameras and as many actions as the config has."""
+    stats = NormStats(*(np.full(config.action_dim, x, np.float32) for x in (0, 1, -1, 1)))
+    return FlowPolicy(config, stats, stats, CAMERAS, [(-1.0, 1.0)] * config.action_dim)
+
+
+def inputs(config: Pi0Config, batch: int) -> Observation:
+    """Observations of noise."""
     rng = np.random.default_rng(0)
     size = config.vision.image_size
     tokens = rng.integers(1, config.vocab_size, (batch, config.max_prompt_tokens)).astype(np.int32)

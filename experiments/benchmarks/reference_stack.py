@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection
 import jax
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
-from jaxtyping import Array, Float, UInt8
 
 from experiments.benchmarks.world_model import ReferenceOrder
 from mbpo_jax.nn import navit
+from mbpo_jax.shapes import Array, Float, UInt8
 from mbpo_jax.types import Branch, Observation, Params, Policy, Prompt
 from mbpo_jax.world_model import generation
 from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 Run = Callable[[], float]  # does the work once and returns the seconds it took
 
@@ -25,6 +24,8 @@ def timed(function: Callable, *arguments) -> Run:
 def interleave(runs: Mapping[str, Run], repeats: int, name: str) -> dict[str, np.ndarray]:
     """Seconds [repeats] of each run. Every round does all of them, in an order that alternates, so
     that the machine's noise falls on all alike; a first round (compilation) is not counted."""
+    from tqdm import tqdm  # not needed by the target gpu
+
     seconds = {key: [] for key in runs}
     for i in tqdm(range(repeats + 1), desc=name):
         for key in sorted(runs, reverse=bool(i % 2)):

@@ -132,11 +132,11 @@ def run(size: str, batch_sizes: list[int], repeats: int) -> list[dict]:
     config = sizes()[size]
     dtype = jnp.dtype(config.mot.dtype)
     peak = matmul_peak(dtype, 1024 if jax.default_backend() == "cpu" else 8192)
-    world, reference = _world(config), _world(config, ReferenceOrder)
+    world, reference = build(config), build(config, ReferenceOrder)
     params = awake(jax.jit(world.init)(jax.random.key(0)))
     rows = []
     for batch in batch_sizes:
-        observation, actions = _inputs(world, batch)
+        observation, actions = inputs(world, batch)
         for work in ("chunk", "reward"):
             extra = (actions, jax.random.key(1)) if work == "chunk" else ()
             method = predictor if work == "chunk" else judge
@@ -167,12 +167,12 @@ def _options(size: str, config: UMMConfig, params: Params, batch: int, repeats: 
         "every 2nd evaluated": {"evaluate_every": 2},
         "every 3rd evaluated": {"evaluate_every": 3},
     }
-    world = _world(config)
-    observation, actions = _inputs(world, batch)
+    world = build(config)
+    observation, actions = inputs(world, batch)
     arguments = (params, observation, actions, jax.random.key(1))
     rows = []
     for name, change in changes.items():
-        changed = _world(dataclasses.replace(config, **change))
+        changed = build(dataclasses.replace(config, **change))
         methods = {"ours": predictor(changed), "peer": predictor(world)}
         seconds = _race(methods, arguments, repeats, f"{size}, {name}")
         images = [jax.jit(method)(*arguments).images for method in methods.values()]
@@ -191,11 +191,13 @@ def _race(methods: dict[str, Callable], arguments: tuple, repeats: int, name: st
     return interleave(runs, repeats, name)
 
 
-def _world(config: UMMConfig, kind: type[UMMWorld] = UMMWorld) -> UMMWorld:
+def build(config: UMMConfig, kind: type[UMMWorld] = UMMWorld) -> UMMWorld:
+    """The model for one arm, with two views."""
     return kind(config, CAMERAS, config.vae_image_size, ACTION_DIM, CHUNK, EmbeddedTokenizer())
 
 
-def _inputs(world: UMMWorld, batch: int) -> tuple[Observation, jax.Array]:
+def inputs(world: UMMWorld, batch: int) -> tuple[Observation, jax.Array]:
+    """Observations of noise and random actions."""
     rng = np.random.default_rng(0)
     size = (batch, world.image_size, world.image_size, 3)
     images = {camera: rng.integers(0, 256, size).astype(np.uint8) for camera in CAMERAS}

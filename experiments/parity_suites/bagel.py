@@ -30,7 +30,7 @@ ATTENTION = ("causal", "full", "noise")
 
 def run(fixtures: str | Path) -> list[Row]:
     """Rows (name, largest difference, tolerance, within it) for every golden folder at or below
-    `fixtures`, in float32 at the highest matmul precision.
+    `fixtures`, in float32 at the precision of products in use.
 
     Raises:
         ValueError: there is no golden data below `fixtures`.
@@ -38,11 +38,7 @@ def run(fixtures: str | Path) -> list[Row]:
     folders = [path.parent for path in sorted(Path(fixtures).rglob("bagel_config.json"))]
     if not folders:
         raise ValueError(f"no golden data in {fixtures}: expected folders with bagel_config.json")
-    rows = []
-    with jax.default_matmul_precision("highest"):
-        for folder in folders:
-            rows += folder_rows(folder)
-    return rows
+    return [row for folder in folders for row in folder_rows(folder)]
 
 
 def load(folder: Path) -> Golden:

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
 
 from mbpo_jax.nn.layers import dense, linear, softmax_average
+from mbpo_jax.shapes import Array, Float, Int, Shaped
 
 Params = Any
 

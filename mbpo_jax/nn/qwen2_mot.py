@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
 
 from mbpo_jax.nn.layers import (
     LayerLoop,
@@ -32,6 +31,7 @@ from mbpo_jax.nn.layers import (
     rotate,
     softmax_average,
 )
+from mbpo_jax.shapes import Array, Bool, Float, Int
 
 Params = Any
 EXPERTS = ("und", "gen")

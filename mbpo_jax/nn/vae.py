@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from mbpo_jax.nn.layers import matmul, softmax_average
+from mbpo_jax.shapes import Array, Float
 
 Params = Any
 

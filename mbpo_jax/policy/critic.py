@@ -10,10 +10,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from mbpo_jax.nn.layers import dense
 from mbpo_jax.policy.config import CriticConfig
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.types import Params
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 from flax import struct
 from jax.tree_util import KeyPath
-from tqdm import tqdm
 
 from mbpo_jax.gradients import summed_value_and_grad
 from mbpo_jax.training.checkpoints import Checkpoints
@@ -257,6 +256,8 @@ def repeat(
         Interrupted: SIGTERM came; the carry is saved.
         OSError: a checkpoint cannot be written; earlier ones are kept.
     """
+    from tqdm import tqdm  # not needed by the training core
+
     origin = {**run.origin, "seed": run.seed}
     with (
         deferred() as asked_to_stop,

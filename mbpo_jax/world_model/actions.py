@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
+from mbpo_jax.shapes import Array, Bool, Float, Int
 from mbpo_jax.world_model.bagel import Tokenizer
 
 LEVELS = 257

@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
 
 from mbpo_jax.nn import navit, vae
+from mbpo_jax.shapes import Array, Float, UInt8
 from mbpo_jax.types import Params
 from mbpo_jax.world_model import perceptual
 from mbpo_jax.world_model.config import UMMConfig

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from mbpo_jax.nn import navit, qwen2_mot
 from mbpo_jax.nn.layers import dense, linear
 from mbpo_jax.nn.qwen2_mot import Cache, Segment
+from mbpo_jax.shapes import Array, Bool, Float, Int
 from mbpo_jax.world_model.config import UMMConfig
 
 Params = Any

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from mbpo_jax.nn import navit, qwen2_mot
 from mbpo_jax.nn.layers import linear
 from mbpo_jax.nn.qwen2_mot import Segment, empty_cache
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.types import Observation, Params, Transition, WorldState
 from mbpo_jax.world_model import bagel, composition
 from mbpo_jax.world_model.autoencoder import to_pixels, to_uint8

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from mbpo_jax.nn import navit
 from mbpo_jax.nn.layers import dense
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.types import Params
 
 # Fresh logits of (current, moved, new): nearly nothing is painted anew.

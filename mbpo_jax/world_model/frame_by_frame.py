@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
+from mbpo_jax.shapes import Array
 from mbpo_jax.types import Observation, Params, WorldModel, WorldState
 
 

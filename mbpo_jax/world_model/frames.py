@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array
 
+from mbpo_jax.shapes import Array
 from mbpo_jax.types import Observation
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from mbpo_jax.nn.qwen2_mot import Cache, Segment, empty_cache
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.world_model import bagel, guidance
 from mbpo_jax.world_model.bagel import Params, Tokenizer
 from mbpo_jax.world_model.config import UMMConfig

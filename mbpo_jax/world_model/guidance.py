@@ -4,9 +4,9 @@ combination and renormalisation of the three velocities."""
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
 
 from mbpo_jax.nn.qwen2_mot import Cache
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.world_model.config import GuidanceConfig
 
 RENORMS = ("global", "channel", "text_channel")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.types import Observation, Params, Transition, WorldModel
 
 

@@ -4,7 +4,8 @@ import functools
 from collections.abc import Callable
 
 import jax
-from jaxtyping import Array, Float
+
+from mbpo_jax.shapes import Array, Float
 
 
 @functools.cache

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
 
 from mbpo_jax.nn import navit, qwen2_mot, vae
 from mbpo_jax.nn.qwen2_mot import Segment
+from mbpo_jax.shapes import Array, Float
 from mbpo_jax.types import Observation, Params, Prompt, RewardExample, Transition, WorldState
 from mbpo_jax.world_model import bagel, generation
 from mbpo_jax.world_model.actions import ActionText

@@ -17,10 +17,10 @@ def small_config():
 
 def test_the_reference_order_computes_the_same():
     config = small_config()
-    world = benchmark._world(config)
-    reference = benchmark._world(config, benchmark.ReferenceOrder)
+    world = benchmark.build(config)
+    reference = benchmark.build(config, benchmark.ReferenceOrder)
     params = benchmark.awake(world.init(jax.random.key(0)))
-    observation, actions = benchmark._inputs(world, 1)
+    observation, actions = benchmark.inputs(world, 1)
     key = jax.random.key(2)
 
     slow = jax.jit(predictor(reference))(params, observation, actions, key)
@@ -37,10 +37,10 @@ def test_the_reference_order_computes_the_same():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_decoded_answer_agrees_with_the_one_pass_probability(sign):
     config = small_config()
-    world = benchmark._world(config)
-    reference = benchmark._world(config, benchmark.ReferenceOrder)
+    world = benchmark.build(config)
+    reference = benchmark.build(config, benchmark.ReferenceOrder)
     params = world.init(jax.random.key(0))
-    observation, _ = benchmark._inputs(world, 2)
+    observation, _ = benchmark.inputs(world, 2)
     features = world.first_view_features(params, observation)
     segments = world.answer_segments(params, features, observation)
     hidden = bagel.forward(params, config, segments)[0][:, -1]
