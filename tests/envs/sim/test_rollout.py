@@ -14,7 +14,7 @@ class CountingEnv:
     instruction, goal_fraction = "count", 1.0
 
     def reset_to(self, request):
-        self.num_steps = 0
+        self.num_steps, self.max_steps = 0, request.max_steps
 
     def step(self, action):
         self.num_steps += 1
