@@ -20,6 +20,7 @@ added to those that there are. More: docs/evaluation.md.
 
 import argparse
 import contextlib
+import hashlib
 import sys
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def _evaluate(options: argparse.Namespace, workdir: Path) -> str:
     wanted = _wanted(options)
     config = ml_collections.ConfigDict(
         {
-            "policy": options.policy,
+            "policy": _identity(options.policy),
             "max_steps": options.max_steps,
             "until_end": options.until_end,
             "videos": options.videos,
@@ -198,6 +199,17 @@ def _policy(options: argparse.Namespace):
     config.pretrained.policy_tokenizer = options.tokenizer
     config.seed = options.seed
     yield inference.load_openpi(folder, config, [options.workers])
+
+
+def _identity(policy: str) -> str:
+    """What a working directory remembers of a policy: a server's address, or the name of a folder
+    with a hash of the names and sizes of its parameters' files, which no two trainings share."""
+    if policy.startswith(SERVER_SCHEMES):
+        return policy
+    folder = Path(policy).absolute()
+    paths = sorted(path for kind in ("policy", "params") for path in (folder / kind).rglob("*"))
+    listing = [(str(p.relative_to(folder)), p.stat().st_size) for p in paths if p.is_file()]
+    return f"{folder.name} {hashlib.sha256(repr(listing).encode()).hexdigest()[:12]}"
 
 
 def _workdir(policy: str) -> Path:

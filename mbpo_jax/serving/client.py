@@ -49,7 +49,8 @@ class RemotePolicy:
         self._connections: list[ClientConnection | None] = [None] * connections
         self._threads = ThreadPoolExecutor(connections)
         self.metadata: dict[str, Any] = {}
-        self._patiently(0, lambda _: None)
+        for slot in range(connections):  # before one keeps the server busy
+            self._patiently(slot, lambda _: None)
 
     def __enter__(self) -> "RemotePolicy":
         return self
@@ -118,7 +119,11 @@ class RemotePolicy:
 
     def _call(self, slot: int) -> ClientConnection:
         connection = connect(
-            self._url, compression=None, max_size=None, additional_headers=self._headers
+            self._url,
+            compression=None,
+            max_size=None,
+            ping_interval=None,  # openpi's server answers no ping while its policy works
+            additional_headers=self._headers,
         )
         self._connections[slot] = connection
         metadata = unpack(connection.recv(timeout=_ANSWER_S))
