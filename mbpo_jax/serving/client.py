@@ -1,5 +1,6 @@
 """A policy behind openpi's websocket protocol, as one that acts here."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ class RemotePolicy:
         self._url, self._patience_s = url, patience_s
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         self._connections: list[ClientConnection | None] = [None] * connections
+        self._ends = [contextlib.ExitStack() for _ in range(connections)]
         self._threads = ThreadPoolExecutor(connections)
         self.metadata: dict[str, Any] = {}
         for slot in range(connections):  # before one keeps the server busy
@@ -118,12 +120,14 @@ class RemotePolicy:
             delay = min(2 * delay, _LONGEST_DELAY_S)
 
     def _call(self, slot: int) -> ClientConnection:
-        connection = connect(
-            self._url,
-            compression=None,
-            max_size=None,
-            ping_interval=None,  # openpi's server answers no ping while its policy works
-            additional_headers=self._headers,
+        connection = self._ends[slot].enter_context(
+            connect(
+                self._url,
+                compression=None,
+                max_size=None,
+                ping_interval=None,  # openpi's server answers no ping while its policy works
+                additional_headers=self._headers,
+            )
         )
         self._connections[slot] = connection
         metadata = unpack(connection.recv(timeout=_ANSWER_S))
@@ -131,6 +135,5 @@ class RemotePolicy:
         return connection
 
     def _hang_up(self, slot: int) -> None:
-        connection, self._connections[slot] = self._connections[slot], None
-        if connection is not None:
-            connection.close()
+        self._connections[slot] = None
+        self._ends[slot].close()

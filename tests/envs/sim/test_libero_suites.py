@@ -75,7 +75,7 @@ def files_of(suite, task, folder, states=None):
 
 
 def test_a_folder_is_a_suite(tmp_path):
-    folder = files_of("libero_10_lan", 5, tmp_path / "mine", np.zeros((3, 47)))
+    folder = files_of("libero_10_lan", 5, tmp_path / "mine", np.zeros((3, 45)))
     assert suites.num_tasks(str(folder)) == 1
     info = suites.task_info(str(folder), 0)
     assert info.instruction == "pick up the book and place in back compartment"
@@ -140,5 +140,5 @@ def test_a_perturbed_scene_goes_on_until_its_end(tmp_path):
 
 def test_states_of_another_scene_are_refused(tmp_path):
     folder = files_of("libero_10_swap", 5, tmp_path / "wrong", np.zeros((2, 46)))
-    with pytest.raises(ValueError, match="are 46 numbers, its scene has 47"):
+    with pytest.raises(ValueError, match="are 46 numbers, its scene has 45"):
         LiberoEnv(str(folder), 0, image_size=32)
