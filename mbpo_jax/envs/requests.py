@@ -20,6 +20,8 @@ class EpisodeRequest:
     success_frames: last frames of a policy's success that are drawn; those before the very last are
         further positive examples for the reward.
     video_size: pixels of extra frames for a video, 0 for none.
+    until_end: a policy goes on to max_steps, and has succeeded if the task is done at the last
+        step; else the first step at which it is done ends the episode.
     """
 
     task_id: int
@@ -30,6 +32,7 @@ class EpisodeRequest:
     render_every: int = 5
     success_frames: int = 5
     video_size: int = 0
+    until_end: bool = False
 
     def __post_init__(self) -> None:
         if (self.seed >= 0) == (self.init_state_id >= 0):
@@ -46,12 +49,14 @@ class EpisodeRequest:
 @dataclasses.dataclass
 class EpisodeResult:
     """An episode with its request. `video`: camera -> uint8 [n, S, S, 3] at VIDEO_STRIDE steps and
-    at the end, or None; `seconds`: what it cost on its worker."""
+    at the end, or None; `seconds`: what it cost on its worker; `first_success`: the step at which a
+    policy's task was done first, -1 if never."""
 
     request: EpisodeRequest
     episode: Episode
     video: dict[str, np.ndarray] | None
     seconds: float
+    first_success: int = -1
 
 
 @dataclasses.dataclass

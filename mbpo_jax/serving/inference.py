@@ -6,21 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from mbpo_jax.data.normalization import read_norm_stats
 from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.tokenizers import pad_prompt
+from mbpo_jax.policy.checkpoint import load_openpi as load_openpi_params
 from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import (
     Act,
     Config,
     acting_program,
+    build_policy,
     load_policy,
     load_selection,
     policy_tokenizer,
+    robot,
     world_tokenizer,
 )
 from mbpo_jax.stages.workspace import StageError, Workspace, read_config
@@ -133,6 +138,11 @@ class ServedPolicy:
         actions = self._programs[batch](self._params, observations, identities)
         return np.asarray(actions)[: len(requests)]
 
+    def answer(self, messages: Sequence[Mapping]) -> np.ndarray:
+        """Chunks float32 [n, k, A] of 1 to `max_batch` messages that name their noise themselves.
+        Raises as `request`."""
+        return self.infer([self.request(message, (0, 0)) for message in messages])
+
     def _image(self, message: Mapping, camera: str) -> np.ndarray:
         keys = self._image_keys[camera]
         key = next((key for key in keys if key in message), None)
@@ -207,6 +217,35 @@ def load(
         config.evaluation = {"best_of": best_of, "best_of_chunks": best_of_chunks}
     act, params = load_selection(config, checkpoint.parent, actor)
     return ServedPolicy(config, policy, params, batch_sizes, act)
+
+
+def load_openpi(checkpoint: Path, config: Config, batch_sizes: Sequence[int]) -> ServedPolicy:
+    """The policy of a checkpoint that openpi wrote: a training step's folder, with `params` and
+    `assets/*/norm_stats.json`.
+
+    Args:
+        config: of a variant of its size (`configs/`), with the path of PaliGemma's tokeniser.
+
+    Raises:
+        ValueError: no such checkpoint, one of another size, or without statistics of this robot.
+    """
+    checkpoint = Path(checkpoint).absolute()
+    found = sorted((checkpoint / "assets").rglob("norm_stats.json"))
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(checkpoint)) for path in found) or "none"
+        raise ValueError(
+            f"{checkpoint} needs one norm_stats.json below assets, and there are: {names}. openpi "
+            "writes it beside `params`; keep that of this robot"
+        )
+    embodiment = robot(config)
+    widths = {"state": embodiment.state_dim, "actions": embodiment.action_dim}
+    stats = read_norm_stats(found[0])  # openpi's older ones are padded to the model's width
+    policy = build_policy(
+        config,
+        {name: jax.tree.map(lambda x, n=n: x[:n], stats[name]) for name, n in widths.items()},
+    )
+    params = {"actor": load_openpi_params(str(checkpoint / "params"), policy.config)}
+    return ServedPolicy(config, policy, jax.jit(policy.for_inference)(params), batch_sizes)
 
 
 def _whole(message: Mapping, key: str, default: int) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+SHUTTING_DOWN = "error: the server is shutting down"  # instead of an answer; another may come up
+
 # Plain numbers only: an object array would need pickle, and a record could hide one.
 _DTYPES = {np.dtype(code).str: np.dtype(code) for code in "?bBhHiIqQefd"}
 

@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from mbpo_jax.serving.inference import Request, ServedPolicy
-from mbpo_jax.serving.protocol import pack, unpack
+from mbpo_jax.serving.protocol import SHUTTING_DOWN, pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class PolicyServer:
         """A chunk with its timing, or the text of an error."""
         started = time.monotonic()
         if self._stop.is_set():
-            return "error: the server is shutting down"
+            return SHUTTING_DOWN
         if not limit.admits(started):
             return f"error: more than {self._requests_per_second:g} requests per second"
         if isinstance(message, str):

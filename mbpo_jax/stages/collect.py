@@ -1,7 +1,7 @@
 """Stages `demonstrations` and `rollouts`: episodes from the simulator into a dataset."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.spool import EpisodeSpool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
 from mbpo_jax.envs.suites import task_info
-from mbpo_jax.envs.workers.pool import EnvPool
+from mbpo_jax.envs.workers.pool import EnvPool, PoolAct
 from mbpo_jax.episode import Episode
 from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.policy.pi0 import FlowPolicy
@@ -169,7 +169,7 @@ def make_pool(config: Config) -> EnvPool:
     )
 
 
-def batched_act(config: Config, act: Act, params: Params) -> Callable[[list[Query]], np.ndarray]:
+def batched_act(config: Config, act: Act, params: Params) -> PoolAct:
     """An acting function, such as `FlowPolicy.act`, for the pool. A query's noise depends on its
     episode and chunk alone, so that an episode comes out the same however queries are batched."""
     builder = observation_builder(config)
@@ -181,7 +181,7 @@ def batched_act(config: Config, act: Act, params: Params) -> Callable[[list[Quer
         observations = collate(
             [builder(q.images, q.proprio, instructions[q.request.task_id]) for q in padded]
         )
-        identities = np.array([(_episode_number(q.request), q.chunk_index) for q in padded])
+        identities = np.array([(episode_number(q.request), q.chunk_index) for q in padded])
         return np.asarray(program(params, observations, identities))[: len(queries)]
 
     return act_on
@@ -198,7 +198,7 @@ def progress(results: Iterable[EpisodeResult], name: str, total: int) -> Iterabl
             yield result
 
 
-def _episode_number(request: EpisodeRequest) -> int:
+def episode_number(request: EpisodeRequest) -> int:
     """A number that differs between the episodes of a task, random resets and fixed states."""
     return request.seed if request.seed >= 0 else 2**30 + request.init_state_id
 

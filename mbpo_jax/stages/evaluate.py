@@ -2,16 +2,17 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 
 from mbpo_jax import seeds
-from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult
 from mbpo_jax.envs.sim.recording import VIDEO_STRIDE
 from mbpo_jax.envs.suites import task_info
-from mbpo_jax.envs.workers.pool import EnvPool
+from mbpo_jax.envs.workers.pool import EnvPool, PoolAct
 from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
 from mbpo_jax.stages.collect import batched_act, make_pool, progress
 from mbpo_jax.stages.statistics import mcnemar_exact, success_rate
@@ -38,7 +39,7 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
     if config.evaluation.best_of > 1:
         actors["improved_best"] = load_selection(config, workspace.root, improved)
     with make_pool(config) as pool:
-        results = run_actors(config, pool, actors, _requests(config), directory)
+        results = run_actors(config, pool, actors, requests_of(config), directory)
         videos = _film(config, pool, *actors["improved"], directory)
         restarts = pool.restarts
     return {**results, "videos": videos, "worker_restarts": restarts}
@@ -58,7 +59,8 @@ def run_actors(
     for name, (act, params) in actors.items():
         path = directory / f"episodes_{name}.jsonl"
         started = time.monotonic()
-        _run(config, pool, act, params, requests, path, name)
+        for _ in run_requests(pool, batched_act(config, act, params), requests, path, name):
+            pass  # the file has it
         print(f"[evaluate] {name}: {(time.monotonic() - started) / 60:.1f} min", flush=True)
         records[name] = read_metrics(path)
     first, *others = actors
@@ -90,52 +92,55 @@ def _request(config: Config, **start) -> EpisodeRequest:
     return EpisodeRequest(**start, **steps, success_frames=1)
 
 
-def _requests(config: Config) -> list[EpisodeRequest]:
+def requests_of(config: Config) -> list[EpisodeRequest]:
+    """The episodes of `config.evaluation`, for every task: from fixed init states, then resets.
+
+    Raises:
+        StageError: a task has fewer init states than are wanted.
+    """
     requests = []
     for task in config.tasks:
         fixed = task_info(config.suite, task).num_init_states
         wanted = config.evaluation.episodes_per_task
         if wanted > fixed:
             raise StageError(
-                f"evaluation.episodes_per_task = {wanted}, but task {task} has only {fixed} "
-                "fixed init states"
+                f"{wanted} episodes from fixed init states are wanted, but task {task} of "
+                f"{config.suite} has {fixed} of them; take fewer, or random resets"
             )
         requests += [_request(config, task_id=task, init_state_id=i) for i in range(wanted)]
     return requests + reset_requests(config, config.evaluation.resets_per_task)
 
 
-def _start(record: dict) -> tuple[int, int, int]:
+def start_of(record: dict) -> tuple[int, int, int]:
+    """What an episode started from: its task, its fixed init state and its seed, -1 for none."""
     return record["task"], record["init_state"], record.get("seed", -1)
 
 
-def _run(
-    config: Config,
-    pool: EnvPool,
-    act: Act,
-    params: Params,
-    requests: list[EpisodeRequest],
-    path: Path,
-    name: str,
-) -> None:
-    """Appends a line per finished episode, so that a killed evaluation continues."""
+def run_requests(
+    pool: EnvPool, act: PoolAct, requests: list[EpisodeRequest], path: Path, name: str
+) -> Iterator[EpisodeResult]:
+    """Runs the episodes of a policy called `name` that the file `path` lacks, and yields them. It
+    gets a line for each finished one, so that a killed evaluation continues."""
     records = read_metrics(path)
-    finished = {_start(r) for r in records}
+    finished = {start_of(r) for r in records}
     missing = [r for r in requests if (r.task_id, r.init_state_id, r.seed) not in finished]
     if not missing:
         return
     with continue_records(path, records) as file:
-        results = pool.policy_episodes(missing, batched_act(config, act, params), source=name)
-        for result in progress(results, f"evaluation, {name} policy", len(missing)):
+        results = pool.policy_episodes(missing, act, source=name)
+        for result in progress(results, f"evaluation, {name}", len(missing)):
             record = {
                 "task": result.request.task_id,
                 "init_state": result.request.init_state_id,
                 "seed": result.request.seed,
                 "success": bool(result.episode.success),
+                "first_success": result.first_success,
                 "length": int(result.episode.length),
                 "goal_fraction": float(result.episode.goal_fraction),
                 "seconds": result.seconds,
             }
             file.write(json.dumps(record) + "\n")
+            yield result
 
 
 def summarize(episodes: list[dict], tasks) -> dict:
@@ -156,8 +161,8 @@ def summarize(episodes: list[dict], tasks) -> dict:
 
 def paired_comparison(first: list[dict], second: list[dict]) -> dict:
     """Exact McNemar test on the episodes that both policies started alike."""
-    outcome = {_start(e): e["success"] for e in first}
-    pairs = [(outcome[key], e["success"]) for e in second if (key := _start(e)) in outcome]
+    outcome = {start_of(e): e["success"] for e in first}
+    pairs = [(outcome[key], e["success"]) for e in second if (key := start_of(e)) in outcome]
     first_only = sum(a and not b for a, b in pairs)
     second_only = sum(b and not a for a, b in pairs)
     return {
@@ -174,7 +179,7 @@ def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Pa
     """Repeats the improved policy's first success and first failure from a fixed init state with
     the camera on."""
     episodes = read_metrics(directory / "episodes_improved.jsonl")
-    fixed = sorted((_start(e), e["success"]) for e in episodes if e["init_state"] >= 0)
+    fixed = sorted((start_of(e), e["success"]) for e in episodes if e["init_state"] >= 0)
     videos = {}
     for kind, wanted in (("success", True), ("failure", False)):
         chosen = [start for start, success in fixed if success == wanted]
@@ -185,9 +190,8 @@ def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Pa
         request = _request(config, task_id=task, init_state_id=init_state, video_size=size)
         acting = batched_act(config, act, params)
         (result,) = pool.policy_episodes([request], acting, source="improved")
-        frames = np.concatenate([result.video[c] for c in config.cameras], axis=2)
         path = directory / f"{kind}.gif"
-        iio.imwrite(path, frames, duration=1000 * VIDEO_STRIDE / config.robot.control_hz, loop=0)
+        write_video(config, result, path)
         videos[kind] = {
             "file": path.name,
             "task": request.task_id,
@@ -195,3 +199,12 @@ def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Pa
             "repeated_outcome": bool(result.episode.success),
         }
     return videos
+
+
+def write_video(config: Config, result: EpisodeResult, path: Path) -> None:
+    """The episode's video as a GIF, its views side by side; complete or not there at all."""
+    frames = np.concatenate([result.video[c] for c in config.cameras], axis=2)
+    milliseconds = 1000 * VIDEO_STRIDE / config.robot.control_hz
+    temporary = path.with_name(f"{path.stem}_unfinished.gif")
+    iio.imwrite(temporary, frames, duration=milliseconds, loop=0)
+    temporary.replace(path)

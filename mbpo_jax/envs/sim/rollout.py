@@ -36,7 +36,6 @@ def run_expert(
         raise ValueError(
             f"render_every={request.render_every} must divide the chunk of {env.chunk} steps"
         )
-    env.max_steps = request.max_steps
     env.reset_to(request)
     random = np.random.default_rng([max(request.seed, 0), request.init_state_id + 1])
     level = request.action_noise[random.integers(len(request.action_noise))]
@@ -78,11 +77,10 @@ def run_policy(
     Raises ValueError for a chunk of another shape.
     """
     started = time.perf_counter()
-    env.max_steps = request.max_steps
     env.reset_to(request)
     recorder = Recorder(env)
     planned: list[np.ndarray] = []
-    drawn = {}
+    drawn, first_success = {}, -1
     while not env.over:
         images, proprio = env.observe()
         drawn[env.num_steps] = images
@@ -96,6 +94,8 @@ def run_policy(
         for action in actions:
             env.step(action)
             recorder.record()
+            if env.success and first_success < 0:
+                first_success = env.num_steps
             if env.over:
                 break
     length = env.num_steps
@@ -105,7 +105,7 @@ def run_policy(
     sent = np.concatenate(planned)
     episode = recorder.episode(request, source, timesteps, sent, sent, drawn)
     video = recorder.video(request.video_size)
-    return EpisodeResult(request, episode, video, time.perf_counter() - started)
+    return EpisodeResult(request, episode, video, time.perf_counter() - started, first_success)
 
 
 def run_branches(env: RobosuiteEnv, request: BranchRequest) -> BranchResult:
@@ -113,7 +113,6 @@ def run_branches(env: RobosuiteEnv, request: BranchRequest) -> BranchResult:
 
     Raises ValueError when the episode ends before that moment.
     """
-    env.max_steps = request.start.max_steps
     env.reset_to(request.start)
     for action in request.before:
         env.step(action)

@@ -26,6 +26,8 @@ MUJOCO_VERSION = "3.3.7"
 
 _SETTLING_STEPS = 10  # LIBERO's evaluation protocol: the objects fall onto the table first
 _NOOP = np.array([0, 0, 0, 0, 0, 0, -1], np.float64)  # an arm stands still and opens its gripper
+ACTIONS_PER_ARM = len(_NOOP)
+STATES_PER_ARM = 8
 # Jitter on an expert's actions: less on rotations, none on the gripper.
 _JITTER_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
 _OVERSAMPLED_BELOW = 128  # small frames are drawn at twice their size and averaged: less aliasing
@@ -98,10 +100,10 @@ class RobosuiteEnv(abc.ABC):
             )
             for robot in simulation.robots
         ]
-        self.action_dim = len(_NOOP) * len(self.arms)
+        self.action_dim = ACTIONS_PER_ARM * len(self.arms)
         self.jitter_scale = np.tile(_JITTER_SCALE, len(self.arms))
         self._reached = np.zeros(len(self._goals_now()), bool)
-        self.num_steps, self.success = 0, False
+        self.num_steps, self.success, self.until_end = 0, False, False
 
     @abc.abstractmethod
     def _restart(self, seed: int | None, init_state_id: int | None) -> None:
@@ -153,7 +155,9 @@ class RobosuiteEnv(abc.ABC):
         self.num_steps, self.success = 0, False
 
     def reset_to(self, request: EpisodeRequest) -> None:
-        """`reset` to where the request wants the episode to start."""
+        """`reset` to where the request wants the episode to start; it is over when the request
+        says."""
+        self.max_steps, self.until_end = request.max_steps, request.until_end
         if request.init_state_id >= 0:
             self.reset(init_state_id=request.init_state_id)
         else:
@@ -175,8 +179,9 @@ class RobosuiteEnv(abc.ABC):
 
     @property
     def over(self) -> bool:
-        """Whether the episode has ended, by success or by length."""
-        return self.success or self.num_steps >= self.max_steps
+        """Whether the episode has ended, by success (unless it goes on `until_end`) or by
+        length."""
+        return (self.success and not self.until_end) or self.num_steps >= self.max_steps
 
     @property
     def goal_fraction(self) -> float:
@@ -305,9 +310,10 @@ def numpy_seeded(seed: int | Sequence[int]) -> Iterator[None]:
 def check_task(suites: Mapping[str, int], suite: str, task_id: int) -> None:
     """Raises ValueError for a suite that is not in `suites` or a task beyond its number of them."""
     if suite not in suites:
-        near = difflib.get_close_matches(suite, suites, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no suite {suite!r}; {hint}There are {', '.join(suites)}")
+        near = difflib.get_close_matches(suite, suites, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        names = ", ".join([*suites][:8]) + (f" and {len(suites) - 8} more" * (len(suites) > 8))
+        raise ValueError(f"no suite {suite!r}; {hint}There are {names}")
     if not 0 <= task_id < suites[suite]:
         raise ValueError(f"{suite} has the tasks 0 to {suites[suite] - 1}; there is no {task_id}")
 

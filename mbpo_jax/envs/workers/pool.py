@@ -28,6 +28,9 @@ from mbpo_jax.envs.workers.worker import EnvSettings, Job
 _MAX_FAILURES = 3  # of the same episode
 BACKENDS = ("local", "ray")
 
+# The queries of the workers that wait for a chunk -> their actions float [q, k, A].
+PoolAct = Callable[[list[Query]], np.ndarray]
+
 
 class WorkerError(RuntimeError):
     """An episode cannot be had from the workers; the message says why, as the worker told it."""
@@ -110,7 +113,7 @@ class EnvPool:
     def policy_episodes(
         self,
         requests: Iterable[EpisodeRequest],
-        act: Callable[[list[Query]], np.ndarray],
+        act: PoolAct,
         source: str = "policy",
     ) -> Iterator[EpisodeResult]:
         """Runs a policy, whose name is `source`. Results come as they finish, in any order.
@@ -130,9 +133,7 @@ class EnvPool:
         for job, result in self._run([Job(request) for request in requests], None):
             yield job.request, result
 
-    def _run(
-        self, jobs: list[Job], act: Callable[[list[Query]], np.ndarray] | None
-    ) -> Iterator[tuple[Job, Any]]:
+    def _run(self, jobs: list[Job], act: PoolAct | None) -> Iterator[tuple[Job, Any]]:
         """Yields every job with its result."""
         for task_id in sorted({job.request.task_id for job in jobs}):
             suites.task_info(self._settings.suite, task_id)  # a wrong task fails here, not later

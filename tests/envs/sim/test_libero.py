@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.sim import simulator
+from mbpo_jax.envs.sim import libero_suites, simulator
 from mbpo_jax.envs.sim.libero import LiberoEnv, task_info
 
 pytestmark = pytest.mark.libero
@@ -41,6 +41,7 @@ def test_the_pinned_mujoco_is_installed():
 
 
 def test_missing_libero_says_how_to_install_it(monkeypatch):
+    libero_suites.task_files.cache_clear()
     monkeypatch.setitem(sys.modules, "libero.libero.benchmark", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[libero\]'"):
         task_info("libero_10", 5)

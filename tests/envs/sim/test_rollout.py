@@ -4,6 +4,7 @@ import numpy as np
 
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.sim.rollout import run_policy
+from mbpo_jax.envs.sim.simulator import RobosuiteEnv
 
 
 class CountingEnv:
@@ -15,6 +16,7 @@ class CountingEnv:
 
     def reset_to(self, request):
         self.num_steps = 0
+        self.max_steps, self.until_end = request.max_steps, request.until_end
 
     def step(self, action):
         self.num_steps += 1
@@ -23,9 +25,7 @@ class CountingEnv:
     def success(self):
         return self.num_steps == 13
 
-    @property
-    def over(self):
-        return self.success or self.num_steps >= self.max_steps
+    over = RobosuiteEnv.over
 
     def state(self):
         return np.array([self.num_steps])
@@ -52,3 +52,15 @@ def test_frames_of_a_success_and_of_a_failure():
     assert drawn(render_every=4, success_frames=1) == [0, 4, 8, 12, 13]
     assert drawn(render_every=4, max_steps=10) == [0, 4, 8, 10]
     assert drawn(render_every=2, success_frames=1) == [0, 2, 4, 6, 8, 10, 12, 13]
+
+
+def test_until_its_end_an_episode_succeeds_only_if_it_is_done_then():
+    def outcome(**changes):
+        request = EpisodeRequest(task_id=0, seed=0, render_every=4, **changes)
+        result = run_policy(CountingEnv(), request, lambda _: np.zeros((4, 7)), "policy")
+        return bool(result.episode.success), result.episode.length, result.first_success
+
+    assert outcome(max_steps=20) == (True, 13, 13)
+    assert outcome(max_steps=20, until_end=True) == (False, 20, 13)
+    assert outcome(max_steps=13, until_end=True) == (True, 13, 13)
+    assert outcome(max_steps=10, until_end=True) == (False, 10, -1)
