@@ -36,7 +36,7 @@ def evaluate(workspace: Workspace, directory: Path) -> dict:
     if config.evaluation.best_of > 1:
         actors["improved_best"] = load_selection(config, workspace.root, improved / "policy")
     with make_pool(config) as pool:
-        results = run_actors(config, pool, actors, _requests(config), directory)
+        results = run_actors(config, pool, actors, start_requests(config), directory)
         videos = _film(config, pool, *actors["improved"], directory)
         restarts = pool.restarts
     return {**results, "videos": videos, "worker_restarts": restarts}
@@ -89,7 +89,12 @@ def reset_requests(config: Config, per_task: int) -> list[EpisodeRequest]:
     ]
 
 
-def _requests(config: Config) -> list[EpisodeRequest]:
+def start_requests(config: Config) -> list[EpisodeRequest]:
+    """The episodes of an evaluation: from shipped init states, then from random resets.
+
+    Raises:
+        StageError: a task has fewer init states than are asked for.
+    """
     requests = []
     for task in config.tasks:
         fixed = task_info(config.suite, task).num_init_states
