@@ -3,6 +3,7 @@ recorded chunks alone, and acting on that of several chunks of the fine-tuned po
 highest. The policy stays as it is; Q and V read its features. No world model is used.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
-from mbpo_jax.stages.build import Act, Config, load_policy, observation_builder
+from mbpo_jax.stages.build import Act, Config, abstract_params, load_policy, observation_builder
 from mbpo_jax.stages.collect import exploring
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.checkpoints import load_params, save_params
@@ -51,19 +52,23 @@ def q_target(reward: Array, done: Array, next_value: Array, discount: float) -> 
     return reward + discount * (1.0 - done) * next_value
 
 
-def q_shapes(features: int, actions: int, width: int) -> Params:
-    """Shapes of what `fit_q` gives, for so many features and flat actions."""
-    return jax.eval_shape(partial(_init, features, actions, width), jax.random.key(0))
+@dataclass(frozen=True)
+class Critics:
+    """Two Q and a V of so many features and flat actions, with two hidden layers of a width."""
 
+    features: int
+    actions: int
+    width: int
 
-def _init(features: int, actions: int, width: int, key: Array) -> Params:
-    q_key, v_key = jax.random.split(key)
-    nothing = {"mean": jnp.zeros(features), "std": jnp.ones(features)}
-    return {
-        "q": ensemble.init(q_key, (features + actions, width, width, 1), 2),
-        "v": ensemble.init(v_key, (features, width, width, 1), 1),
-        "scale": nothing,
-    }
+    def init(self, key: Array) -> Params:
+        """Random {"q", "v"}, and the "scale" of features that are standardised already."""
+        q_key, v_key = jax.random.split(key)
+        hidden = self.width, self.width
+        return {
+            "q": ensemble.init(q_key, (self.features + self.actions, *hidden, 1), 2),
+            "v": ensemble.init(v_key, (self.features, *hidden, 1), 1),
+            "scale": {"mean": jnp.zeros(self.features), "std": jnp.ones(self.features)},
+        }
 
 
 def q_value(params: Params, features: Array, actions: Array) -> Array:
@@ -87,8 +92,8 @@ def fit_q(
     """{"q", "v", "scale"} after so many steps: V towards an expectile of the target of Q, Q towards
     `q_target`."""
     init_key, train_key = jax.random.split(key)
-    sizes = chunks.features.shape[1], chunks.actions.shape[1]
-    params = {**_init(*sizes, width, init_key), "scale": ensemble.scale_of(chunks.features)}
+    params = Critics(chunks.features.shape[1], chunks.actions.shape[1], width).init(init_key)
+    params["scale"] = ensemble.scale_of(chunks.features)
     now, later = (
         ensemble.standard(x, params["scale"]) for x in (chunks.features, chunks.next_features)
     )
@@ -123,12 +128,12 @@ def actor(workspace: Workspace) -> tuple[Act, Params]:
     config = workspace.config
     sft = workspace.directory("sft")
     policy, params = load_policy(config, sft, sft / "policy")
-    like = q_shapes(
+    critics = Critics(
         policy.config.language.width,
         policy.config.chunk * policy.env_action_dim,
         config.compare.idql.width,
     )
-    q = load_params(workspace.directory("improve") / "q", like)
+    q = load_params(workspace.directory("improve") / "q", abstract_params(critics))
     return best_by_q(config, policy), {"policy": params, "q": q}
 
 

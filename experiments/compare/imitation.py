@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.compare.recorded import fine_tuned
+from experiments.compare.recorded import fine_tuned, placed
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import Source, batches, branch_starts, demonstrations
 from mbpo_jax.mbpo import imagine
@@ -17,7 +17,6 @@ from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
     Config,
-    abstract_params,
     build_world_model,
     checkpoint_origin,
     observation_builder,
@@ -55,14 +54,15 @@ def in_world_model(workspace: Workspace, directory: Path) -> dict:
         read_episodes(workspace.directory("demonstrations") / "dataset"), builder
     )
     episodes, _ = world_model_episodes(workspace)
-    branches = math.ceil(rl.updates / rl.updates_per_refill) * rl.start_states
+    refills = math.ceil(rl.updates / rl.updates_per_refill)
+    count = refills * rl.start_states // rl.imagination_batch
     chosen = imagined_successes(
-        workspace, policy, params, branch_starts(episodes, builder), branches, directory
+        workspace, policy, params, branch_starts(episodes, builder), count, directory
     )
     sources = [shown, chosen] if len(chosen) else [shown]
     continue_sft(workspace, directory, policy, params, sources)
     return {
-        "imagined_chunks": branches * rl.branch_chunks,
+        "imagined_chunks": count * rl.imagination_batch * rl.branch_chunks,
         "chunks_to_success": len(chosen),
     }
 
@@ -72,14 +72,15 @@ def imagined_successes(
     policy: FlowPolicy,
     params: Params,
     starts: Source,
-    branches: int,
+    count: int,
     directory: Path,
 ) -> Source:
-    """Of that many branches, the chunks of those that end in success, as `Demonstration`s."""
+    """Of `count` batches of branches, the chunks of those that end in success, as
+    `Demonstration`s."""
     config, rl = workspace.config, workspace.config.rl
     world = build_world_model(config)
     world_params = world.for_inference(
-        load_params(workspace.directory("world_model") / "world_model", abstract_params(world))
+        load_params(workspace.directory("world_model") / "world_model", placed(config, world))
     )
     starts = starts.where(~done_at_start(config, world, world_params, starts))
     drawn = batches(starts, rl.imagination_batch, stream(config.seed, "imagined_imitation_starts"))
@@ -101,7 +102,7 @@ def imagined_successes(
 
     (directory / "imagined").mkdir(exist_ok=True)
     found = []
-    for i in tqdm(range(branches // rl.imagination_batch), desc="imagined branches", unit="batch"):
+    for i in tqdm(range(count), desc="imagined branches", unit="batch"):
         start = next(drawn)
         path = directory / "imagined" / f"{i:05d}.npz"
         if not path.exists():
@@ -132,7 +133,7 @@ def _save(path: Path, chunks: Demonstration) -> None:
 
 def _load(path: Path, start) -> Demonstration:
     """`start`: an observation of the same structure."""
-    like = Demonstration(start, None, None).replace(actions=0, optimal=0)
+    like = Demonstration(start, 0, 0)
     with np.load(path) as file:
         leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -148,7 +149,7 @@ def continue_sft(
     """`rl.updates` updates of flow matching on `Demonstration`s, in equal shares; writes
     `policy/`."""
     config = workspace.config
-    origin = checkpoint_origin(config, ["policy", "sft", "compare", "rl.updates"], {})
+    origin = checkpoint_origin(config, ["policy", "sft", "compare.imitation", "rl.updates"], {})
     seed = stream(config.seed, "imitation_batches")
     actor = fit(
         flow_matching_loss(policy),
@@ -170,5 +171,5 @@ def continued(config: Config) -> Training:
         steps=config.rl.updates,
         learning_rate=scale * sft.learning_rate,
         matrix_learning_rate=scale * sft.matrix_learning_rate,
-        warmup_steps=min(sft.warmup_steps, config.rl.updates // 10),
+        warmup_steps=min(sft.warmup_steps, max(1, config.rl.updates // 10)),
     )

@@ -16,11 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from experiments.compare import ensemble
-from experiments.compare.recorded import Chunks, fine_tuned, flat_actions, recorded_chunks
+from experiments.compare.recorded import (
+    Chunks,
+    fine_tuned,
+    flat_actions,
+    placed,
+    recorded_chunks,
+)
 from mbpo_jax.mbpo import MBPO, chunk_discount
 from mbpo_jax.policy import critic
 from mbpo_jax.seeds import stream
-from mbpo_jax.stages.build import abstract_params, observation_builder
+from mbpo_jax.stages.build import observation_builder
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.workspace import StageError, Workspace
@@ -58,7 +64,7 @@ def mobile(workspace: Workspace, directory: Path) -> dict:
         )
     policy, _ = fine_tuned(workspace)
     path = workspace.directory("value") / "critic"
-    layers = load_params(path, abstract_params(policy)["critic"])
+    layers = load_params(path, placed(config, policy)["critic"])
     discount, _ = chunk_discount(config.rl.discount, config.chunk, config.rl.discount_per)
 
     def measure(predicted):

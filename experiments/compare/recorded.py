@@ -23,8 +23,12 @@ def fine_tuned(workspace: Workspace, config: Config | None = None) -> tuple[Flow
     its parameters {"actor", "critic"}."""
     config, sft = config or workspace.config, workspace.directory("sft")
     policy = build_policy(config, read_norm_stats(sft / "norm_stats.json"))
-    layout = make_mesh(config.parallel.fsdp), config.parallel.rules
-    return policy, load_params(sft / "policy", abstract_params(policy, *layout))
+    return policy, load_params(sft / "policy", placed(config, policy))
+
+
+def placed(config: Config, model) -> Params:
+    """`abstract_params` of a policy or world model, split over devices as the config says."""
+    return abstract_params(model, make_mesh(config.parallel.fsdp), config.parallel.rules)
 
 
 def frame_features(

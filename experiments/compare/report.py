@@ -24,25 +24,26 @@ def collect(
 ) -> dict:
     """What is known of the seeds that every method has finished: "seeds" and "methods", name ->
     "resets" and "init_states" (`pooled`), "real_episodes", "imagined_chunks", "minutes"."""
-    spaces = {
-        seed: {
-            name: Workspace(root / f"seed{seed}_{name}", method.config(config))
-            for name, method in methods.items()
-        }
+
+    def place(seed, name):
+        return root / f"seed{seed}_{name}"
+
+    finished = [
+        seed
         for seed in seeds
-    }
-    finished = [s for s in seeds if all(w.summary("evaluate") for w in spaces[s].values())]
+        if all((place(seed, name) / "evaluate/done.json").exists() for name in methods)
+    ]
     episodes = {
         name: [
-            read_metrics(spaces[s][name].directory("evaluate") / f"episodes_{name}.jsonl")
-            for s in finished
+            read_metrics(place(seed, name) / "evaluate" / f"episodes_{name}.jsonl")
+            for seed in finished
         ]
         for name in methods
     }
     rows = {}
     for name, method in methods.items():
         own = method.config(config)
-        mine = [spaces[s][name] for s in finished]
+        mine = [Workspace(place(seed, name), own) for seed in finished]
         rows[name] = {
             "description": DESCRIPTIONS[name],
             "real_episodes": method.episodes(own),
