@@ -156,13 +156,14 @@ def run_stage(
     Raises:
         StageError: as `run`.
     """
+    sections = [*_sections_up_to(workspace.config, name), *sections]
     if workspace.summary(name) is not None:
+        workspace.check(name, sections)
         print(f"[{name}] finished before; delete {workspace.directory(name)} to run it again")
         return
     print(f"[{name}]", flush=True)
     started = time.monotonic()
-    known = _sections_up_to(workspace.config, name)
-    directory = workspace.begin(name, [*known, *sections])
+    directory = workspace.begin(name, sections)
     summary = work(workspace, directory)
     summary["minutes"] = (time.monotonic() - started) / 60
     summary["environment"] = environment()

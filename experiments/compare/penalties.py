@@ -41,7 +41,7 @@ _ROWS = 64  # observations that are encoded at a time
 def mopo(workspace: Workspace, directory: Path) -> dict:
     """Policy optimisation with `mopo_penalty`; writes `policy/`."""
     members = members_of(workspace)
-    deviation = members["scales"]["features"]["std"]
+    deviation = jax.device_get(members["scales"]["features"]["std"])
 
     def measure(predicted):
         return mopo_penalty(predicted / deviation)
@@ -64,7 +64,7 @@ def mobile(workspace: Workspace, directory: Path) -> dict:
         )
     policy, _ = fine_tuned(workspace)
     path = workspace.directory("value") / "critic"
-    layers = load_params(path, placed(config, policy)["critic"])
+    layers = jax.device_get(load_params(path, placed(config, policy)["critic"]))
     discount, _ = chunk_discount(config.rl.discount, config.chunk, config.rl.discount_per)
 
     def measure(predicted):
@@ -155,16 +155,20 @@ def _improve(
     measure: Callable[[Array], Array],
     beta: float,
 ) -> dict:
-    """`improve_policy` with the penalty `measure(predictions [E, B, D]) -> [B]`."""
+    """`improve_policy` with the penalty `measure(predictions [E, B, D]) -> [B]`. The fine-tuned
+    policy is in memory a second time."""
     policy, params = fine_tuned(workspace)
-    params = jax.jit(policy.for_inference)(params)
-
-    def one(row):
-        observation, actions = jax.tree.map(lambda x: x[None], row)
-        features = policy.encode(params, observation).features
-        return measure(predict(members, features, flat_actions(policy, actions)))[0]
+    # On the host, so that they are constants of the program: it runs within a part of the devices.
+    stored = jax.device_get((jax.jit(policy.for_inference)(params), members))
 
     def penalty(observation, actions):
+        params, members = jax.tree.map(jnp.asarray, stored)
+
+        def one(row):
+            observation, actions = jax.tree.map(lambda x: x[None], row)
+            features = policy.encode(params, observation).features
+            return measure(predict(members, features, flat_actions(policy, actions)))[0]
+
         shape = actions.shape[:2]
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (observation, actions))
         return jax.lax.map(one, rows, batch_size=_ROWS).reshape(shape)
