@@ -156,18 +156,26 @@ def _check_finished(workspace: Workspace) -> None:
         workspace.check(name, _sections_up_to(workspace.config, name))
 
 
-def run_stage(workspace: Workspace, name: str, work: Callable[[Workspace, Path], dict]) -> None:
-    """Does the `work` of the stage `name`, as `Stage.run`, unless it is finished.
+def run_stage(
+    workspace: Workspace,
+    name: str,
+    work: Callable[[Workspace, Path], dict],
+    sections: Sequence[str] = (),
+) -> None:
+    """Does the `work` of the stage `name`, as `Stage.run`, unless it is finished. `sections` are
+    config entries that this work depends on beside the stage's own.
 
     Raises:
         StageError: as `run`.
     """
+    sections = [*_sections_up_to(workspace.config, name), *sections]
     if workspace.summary(name) is not None:
+        workspace.check(name, sections)
         print(f"[{name}] finished before; delete {workspace.directory(name)} to run it again")
         return
     print(f"[{name}]", flush=True)
     started = time.monotonic()
-    directory = workspace.begin(name, _sections_up_to(workspace.config, name))
+    directory = workspace.begin(name, sections)
     summary = work(workspace, directory)
     summary["minutes"] = (time.monotonic() - started) / 60
     summary["environment"] = environment()

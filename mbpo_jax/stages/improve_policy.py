@@ -1,7 +1,7 @@
 """Stage `improve`: PPO on branches imagined by the world model."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ from mbpo_jax.types import Params, Policy, WorldModel
 from mbpo_jax.world_model import metrics as world_metrics
 
 
-def improve_policy(workspace: Workspace, directory: Path) -> dict:
-    """Improves the fine-tuned policy without touching the simulator; writes `policy/`."""
+def improve_policy(
+    workspace: Workspace, directory: Path, algorithm: Callable[..., MBPO] = MBPO
+) -> dict:
+    """Improves the fine-tuned policy without touching the simulator; writes `policy/`. `algorithm`
+    makes the `MBPO` that computes advantages, losses and updates."""
     config = workspace.config
     workspace.require("sft")
     workspace.require("world_model")
@@ -92,6 +95,7 @@ def improve_policy(workspace: Workspace, directory: Path) -> dict:
                 config, ["policy", "rl"], {name: vars(x) for name, x in stats.items()}
             ),
             trainable=policy.trainable(params)["actor"],
+            algorithm=algorithm,
         )
     save_params(directory / "policy", improved)
     history = read_metrics(directory / "metrics.jsonl")
@@ -149,6 +153,7 @@ def optimize_policy(
     directory: Path,
     origin: Mapping[str, Any] | None = None,
     trainable: Params | None = None,
+    algorithm: Callable[..., MBPO] = MBPO,
 ) -> Params:
     """The loop of the method: refill a buffer of imagined branches, then clipped updates on it.
 
@@ -162,7 +167,8 @@ def optimize_policy(
         demonstrated: what the anchor holds on to, where `rl.anchor_weight` is above 0.
         directory: receives metrics and checkpoints.
         origin: of the checkpoints, see `Checkpoints`; the seed is added.
-        trainable: which of the actor's parameters move (see `PPO`).
+        trainable: which of the actor's parameters move (see `MBPO`).
+        algorithm: what is called as `MBPO` is, and gives one.
 
     Returns:
         the improved {"actor", "critic"} parameters.
@@ -175,7 +181,7 @@ def optimize_policy(
     """
     rl = config.rl
     run = Run.of(config, "policy optimisation", directory, config.seed, origin or {})
-    mbpo = MBPO(policy, Settings.of(rl), config.chunk, trainable)
+    mbpo = algorithm(policy, Settings.of(rl), config.chunk, trainable)
     shardings = parameter_sharding(jax.eval_shape(mbpo.init, params), run.mesh, run.rules)
     state = jax.jit(mbpo.init, out_shardings=shardings)(jax.device_put(params, shardings.params))
     at_rest, _ = frozen_weight_sharding(

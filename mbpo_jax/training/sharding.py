@@ -178,12 +178,15 @@ def map_rows(
         ValueError: an unknown `how`, or pmap with several processes.
     """
     if how == "shard_map":
+        # Where nothing is split along fsdp there is nothing to leave to the compiler, which forbids
+        # callbacks (the simulator as a world model) wherever something is.
+        manual = {"data"} if mesh.shape["fsdp"] > 1 else set(mesh.axis_names)
         mapped = jax.shard_map(
             function,
             mesh=mesh,
             in_specs=_map_axes(lambda a: PartitionSpec(*(None,) * a, "data"), in_axes),
             out_specs=_map_axes(lambda a: PartitionSpec(*(None,) * a, "data"), out_axes),
-            axis_names={"data"},
+            axis_names=manual,
             check_vma=False,  # a branch's carry starts as a constant, the same on every device
         )
         return jax.jit(

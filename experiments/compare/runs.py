@@ -1,0 +1,91 @@
+"""The runs of a comparison, each a working directory below one folder:
+
+seed0/              the stages that all methods share
+seed0_METHOD/       links to them, what the method trained (`improve`), and its evaluation
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from experiments.compare.methods import METHODS, SHARED_STAGES, Method, check_budgets
+from mbpo_jax import pipeline
+from mbpo_jax.stages.build import Config
+from mbpo_jax.stages.collect import make_pool
+from mbpo_jax.stages.evaluate import requests_of, run_actors
+from mbpo_jax.stages.workspace import Workspace
+
+
+def merged(config: Config, settings: Config) -> Config:
+    """The config of a comparison: a run's with the section `compare`, and with random resets in its
+    evaluation, by default as many as the stage `selection` has.
+
+    Raises:
+        ValueError: a config without a simulator, or a setting out of range.
+    """
+    if "evaluation" not in config:
+        raise ValueError("the methods are compared in a simulator, which this config's robot lacks")
+    if settings.best_of.chunks_to_choose_from < 2:
+        raise ValueError("compare.best_of.chunks_to_choose_from: choose among 2 chunks or more")
+    if not 0 < settings.recap.positive_share < 1:
+        raise ValueError("compare.recap.positive_share is a share between 0 and 1")
+    if min(settings.online.refills, settings.online.large_factor) < 1:
+        raise ValueError("compare.online: refills and large_factor are 1 or more")
+    whole = ml_collections.ConfigDict({**config.to_dict(), "compare": settings.to_dict()})
+    if not whole.evaluation.resets_per_task:
+        whole.evaluation.resets_per_task = whole.selection.resets_per_task
+    return whole.lock()
+
+
+def run(
+    config: Config,
+    root: Path,
+    methods: Mapping[str, Method],
+    seeds: Sequence[int],
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """All that is not finished: for each seed the shared stages, then each method's training and
+    evaluation; `after_each` seed.
+
+    Raises:
+        StageError: as `pipeline.run`, e.g. a folder made by another config.
+        ValueError: budgets that differ.
+    """
+    check_budgets(config, methods)
+    needed = max((m.shared for m in methods.values()), key=len)
+    root.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        seeded = ml_collections.ConfigDict(config.to_dict() | {"seed": seed}).lock()
+        pipeline.run(seeded, root / f"seed{seed}", needed)
+        for name, method in methods.items():
+            run_method(seeded, root, name, method)
+        after_each()
+
+
+def run_method(config: Config, root: Path, name: str, method: Method) -> Workspace:
+    """Trains and evaluates one method of one seed, where that is not finished."""
+    base = root / f"seed{config.seed}"
+    directory = root / f"{base.name}_{name}"
+    print(f"== {directory.name}", flush=True)
+    workspace = Workspace(directory, method.config(config))
+    for stage in SHARED_STAGES:
+        link = directory / stage
+        if stage in method.shared and not link.is_symlink():
+            link.symlink_to(Path("..") / base.name / stage, target_is_directory=True)
+    with jax.default_matmul_precision(config.get("matmul_precision") or None):
+        if method.train:
+            pipeline.run_stage(workspace, "improve", method.train, method.settings)
+        evaluation = partial(evaluate, name)
+        pipeline.run_stage(workspace, "evaluate", evaluation, method.settings)
+    return workspace
+
+
+def evaluate(name: str, workspace: Workspace, directory: Path) -> dict:
+    """The method in the simulator, from the starts that all methods have."""
+    config = workspace.config
+    acting = METHODS[name].actor(workspace)
+    with make_pool(config) as pool:
+        return run_actors(config, pool, {name: acting}, requests_of(config), directory)
