@@ -102,7 +102,7 @@ def imagine(
             prefix = policy.encode(params, state.observation)
             sample = policy.sample(params, prefix, sample_key)
             following = world.step(world_params, state, sample.actions, world_key)
-            done = world.reward(world_params, following).astype(jnp.float32)
+            done = world.success_probability(world_params, following).astype(jnp.float32)
             if reward_threshold:
                 done = (done > reward_threshold).astype(jnp.float32)
             record = {

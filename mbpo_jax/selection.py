@@ -71,7 +71,7 @@ def best_of(
             if i:
                 actions = policy.act(params["policy"], state.observation, act_key)
             state = world.step(params["world"], state, actions, world_key)
-            done.append(world.reward(params["world"], state))
+            done.append(world.success_probability(params["world"], state))
         score = policy.value(params["value"], policy.encode(params["value"], state.observation))
         for probability in reversed(done):
             score = chunk_scores(probability, score, discount, reward_weight)

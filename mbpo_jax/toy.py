@@ -41,14 +41,14 @@ class ToyWorld:
         now = state.observation
         return WorldState(now.replace(proprio=now.proprio + actions.mean((1, 2))[:, None]))
 
-    def reward(self, params, state):
+    def success_probability(self, params, state):
         return (state.observation.proprio[:, 0] > 1.0).astype(jnp.float32)
 
 
 class WrongWorld(ToyWorld):
     """Promises ever more the farther the point goes to the left."""
 
-    def reward(self, params, state):
+    def success_probability(self, params, state):
         return jax.nn.sigmoid(-10.0 * state.observation.proprio[:, 0] - 10.0)
 
 

@@ -152,5 +152,5 @@ class WorldModel(Protocol):
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
         """The state k environment steps later, every view."""
 
-    def reward(self, params: Params, state: WorldState) -> Array:
+    def success_probability(self, params: Params, state: WorldState) -> Array:
         """Probability [*B] that the task is done."""

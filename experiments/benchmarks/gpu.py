@@ -293,7 +293,7 @@ def _reward(world: SteppedWorld, params: Params, batch: int) -> Work:
     def reward(params, observation):
         features = world.first_view_features(params, observation)
         frames = {world.cameras[0]: Frame(None, None, features)}
-        return world.reward(params, WorldState(observation, frames))
+        return world.success_probability(params, WorldState(observation, frames))
 
     return Work(reward, lambda: (params, world_benchmark.inputs(world, batch)[0]))
 

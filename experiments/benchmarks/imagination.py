@@ -183,7 +183,7 @@ def _parts(
         "policy": (act, (params, start, key), chunks),
         "value": (policy.value, (params, prefix), chunks + 1),
         "start": (world.encode, (world_params, start, key, precomputed), 1),
-        "reward": (world.reward, (world_params, state), chunks),
+        "reward": (world.success_probability, (world_params, state), chunks),
     }
     done: dict[str, Frame] = {}
     for camera in world.cameras:

@@ -66,7 +66,7 @@ class ReferenceOrder(UMMWorld):
         steps = (times[:-1], times[:-1] - times[1:], np.asarray(guided))
         return jax.lax.scan(euler, noise, jax.tree.map(jnp.asarray, steps))[0]
 
-    def reward(self, params, state):
+    def success_probability(self, params, state):
         features = state.memory[self.cameras[0]].features
 
         def one(features, observation, key):

@@ -107,7 +107,7 @@ class SimulatedWorld:
         observation = now.replace(images=images, proprio=proprio)
         return WorldState(observation, memory.replace(done=done))
 
-    def reward(self, params: Params, state: WorldState) -> Array:
+    def success_probability(self, params: Params, state: WorldState) -> Array:
         """1 where the simulator says that the task is done."""
         return state.memory.done
 

@@ -32,5 +32,5 @@ class FrameByFrame:
             state = self.world.step(params, state, part, now)
         return state
 
-    def reward(self, params: Params, state: WorldState) -> Array:
-        return self.world.reward(params, state)
+    def success_probability(self, params: Params, state: WorldState) -> Array:
+        return self.world.success_probability(params, state)

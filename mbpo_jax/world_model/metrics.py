@@ -122,7 +122,9 @@ def judge(world: WorldModel) -> Callable[[Params, Observation], Array]:
     """The function (params, observation [*B]) -> probability [*B] that the task is done."""
 
     def probability(params, observation):
-        return world.reward(params, world.encode(params, observation, jax.random.key(0)))
+        return world.success_probability(
+            params, world.encode(params, observation, jax.random.key(0))
+        )
 
     return probability
 

@@ -179,7 +179,7 @@ class UMMWorld:
         side = self.config.latent_side
         return generation.generate(params, self.config, self.tokenizer, contexts, noise, side, side)
 
-    def reward(self, params: Params, state: WorldState) -> Float[Array, "*B"]:
+    def success_probability(self, params: Params, state: WorldState) -> Float[Array, "*B"]:
         """P(Yes) [*B] that the task is done, from the first view, in one forward pass."""
         batch, (state,) = flatten(state)
         features = state.memory[self.cameras[0]].features

@@ -51,7 +51,7 @@ def test_a_branch_of_the_recorded_chunks_is_the_recorded_episode(pool, episode):
         seen = []
         for chunk in chunks:
             state = world.step({}, state, chunk[None], jax.random.key(0))
-            seen.append((state.observation, world.reward({}, state)))
+            seen.append((state.observation, world.success_probability({}, state)))
         return jax.tree.map(lambda *x: jnp.stack(x)[:, 0], *seen)
 
     frames = np.array([0, 2, 2, 3])

@@ -31,7 +31,7 @@ class Brightening:
         images = {c: x + 10 for c, x in state.observation.images.items()}
         return WorldState(state.observation.replace(images=images))
 
-    def reward(self, params, state):
+    def success_probability(self, params, state):
         return jnp.asarray(state.observation.images["top"]).mean((1, 2, 3)) / 255
 
 

@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_branches_or_chunks_beyond_what_is_stored():
 
 
 class UnsureWorld(ToyWorld):
-    def reward(self, params, state):
+    def success_probability(self, params, state):
         return jnp.full(len(state.observation.proprio), 0.25)
 
 

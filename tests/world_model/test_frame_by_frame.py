@@ -14,4 +14,4 @@ def test_the_parts_of_a_chunk_are_imagined_one_after_the_other():
     halves = FrameByFrame(world, 2).step({}, start, actions, key)
     np.testing.assert_allclose(whole.observation.proprio, [[1.4]], atol=1e-6)
     np.testing.assert_allclose(halves.observation.proprio, [[1.8]], atol=1e-6)
-    assert FrameByFrame(world, 2).reward({}, halves)[0] == 1
+    assert FrameByFrame(world, 2).success_probability({}, halves)[0] == 1

@@ -76,7 +76,7 @@ class DriftingWorld:
         moved = seen.replace(proprio=seen.proprio + actions.mean((1, 2))[:, None])
         return WorldState(moved, state.memory + params["rate"])
 
-    def reward(self, params, state):
+    def success_probability(self, params, state):
         return state.memory  # 0.3 after the first chunk, 0.6 after the second
 
 
