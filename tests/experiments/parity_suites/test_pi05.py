@@ -31,6 +31,7 @@ def test_command_reports_a_difference(tmp_path, capsys):
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
     assert len(failed) == 1
     assert "schedule/4/flow_sde/sigma" in failed[0]
+    assert main(["--suite=pi05", f"--fixtures={tmp_path}", "--precision=tf32"]) == 0
 
 
 def test_folder_without_golden_data(tmp_path):
