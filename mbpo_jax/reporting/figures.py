@@ -25,31 +25,27 @@ plt.rcParams.update(
 )
 
 
-def success_bars(policies: Mapping[str, dict], labels: Mapping[str, str]) -> Figure:
-    """Success rates with their 95 % Wilson intervals, overall and per task.
-
-    Args:
-        policies: policy name -> its evaluation summary.
-        labels: task number -> label.
-    """
-    groups = ["overall", *labels] if len(labels) > 1 else list(labels)
+def success_bars(groups: Mapping[str, Mapping[str, dict]]) -> Figure:
+    """Success rates with their 95 % Wilson intervals: group of episodes -> policy -> its
+    `success_rate`."""
+    names = list(next(iter(groups.values())))
     figure, axis = plt.subplots(figsize=(max(3.6, 1.1 * len(groups) + 2.2), 3.0))
-    width = 0.8 / len(policies)
-    for i, (name, summary) in enumerate(policies.items()):
-        parts = [summary if g == "overall" else summary["tasks"][g] for g in groups]
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        parts = [policies[name] for policies in groups.values()]
         rates = np.array([p["success_rate"] for p in parts])
         ends = np.array([p["interval"] for p in parts])
-        x = np.arange(len(groups)) + (i - (len(policies) - 1) / 2) * width
+        x = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
         errors = np.abs(ends.T - rates)
         axis.bar(x, rates, width * 0.92, color=POLICY_COLORS[name], label=name)
         axis.errorbar(x, rates, errors, fmt="none", ecolor="#333333", capsize=3, lw=1)
         for xi, part in zip(x, parts):
             text = f"{part['successes']}/{part['episodes']}"
             axis.text(xi, 0.015, text, ha="center", fontsize=7, color="#222222")
-    axis.set_xticks(range(len(groups)), ["overall", *labels.values()][-len(groups) :])
-    axis.set_ylim(0, 1.02)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_ylim(0, 1.1)
     axis.set_ylabel("success rate")
-    axis.legend(loc="upper left", ncols=2)
+    axis.legend(loc="upper left", ncols=len(names))
     return figure
 
 

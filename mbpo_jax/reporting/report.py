@@ -186,7 +186,15 @@ def _evaluation_section(workspace: Workspace, summaries: dict) -> Section:
     for name, part in summary.get("resets", {}).items():
         rows.append((f"{name}: random resets", _rate(part), *[""] * 3))
     labels = {t: f"task {t}" for t in instructions}
-    images = [png(figures.success_bars(policies, labels), "success with 95 % Wilson intervals")]
+    groups = {"shipped init states": policies}
+    if len(labels) > 1:
+        groups |= {
+            label: {name: policies[name]["tasks"][task] for name in policies}
+            for task, label in labels.items()
+        }
+    if summary.get("resets"):
+        groups["random resets"] = summary["resets"]
+    images = [png(figures.success_bars(groups), "success with 95 % Wilson intervals")]
     for kind, video in summary["videos"].items():
         data = (workspace.directory("evaluate") / video["file"]).read_bytes()
         caption = f"improved policy, {kind}: task {video['task']}, init state {video['init_state']}"
