@@ -280,8 +280,7 @@ def _view(world: SteppedWorld, params: Params, batch: int) -> Work:
         key, size = jax.random.key(2), (batch, world.image_size, world.image_size, 3)
         pixels = jax.random.uniform(key, size, minval=-1.0)
         tokens = jax.random.normal(key, (batch, config.latent_side**2, config.token_size))
-        decoded = pixels if config.prediction == "residual" else None
-        frames = dict.fromkeys(world.cameras, Frame(pixels, tokens, None, decoded))
+        frames = dict.fromkeys(world.cameras, Frame(pixels, tokens, None))
         return params, observation, frames, actions, key
 
     return Work(view, arguments)

@@ -132,7 +132,7 @@ def horizon_errors(
     true_kernel: Float[Array, "S S"],
     model_kernel: Float[Array, "S S"],
     horizon: int,
-) -> Float[Array, "horizon+1"]:
+) -> Float[Array, "steps"]:
     """Total variation between true and imagined state after h = 0, …, horizon chunks: the
     compounding error. Kernels are those of the current policy."""
 

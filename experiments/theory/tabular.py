@@ -63,7 +63,7 @@ def chunk_problem(
     return problem
 
 
-def total_variation(p: Float[Array, "*B S"], q: Float[Array, "*B S"]) -> Float[Array, "*B"]:
+def total_variation(p: Float[Array, "*B S"], q: Float[Array, "..."]) -> Float[Array, "*B"]:
     """½ Σ |p − q| over the last axis, in [0, 1]."""
     checks.check_shape("q", q, jnp.shape(p))
     return 0.5 * jnp.abs(p - q).sum(-1)
@@ -154,7 +154,7 @@ def branched_returns(
     reward: Float[Array, "S"],
     discount,
     n_max: int,
-) -> Float[Array, "n_max+1"]:
+) -> Float[Array, "lengths"]:
     """Branched returns for n = 0, …, n_max: the chunk at time i starts from the state reached by
     max(i − n, 0) real chunks under the data policy and then min(i, n) model chunks,
 
@@ -204,7 +204,7 @@ class ErrorProfile(NamedTuple):
     worst: Float[Array, ""]
     data: Float[Array, ""]
     current: Float[Array, ""]
-    branch: Float[Array, "n_max+1"]
+    branch: Float[Array, "lengths"]
 
 
 class Evaluation(NamedTuple):
@@ -220,13 +220,13 @@ class Evaluation(NamedTuple):
     true: Float[Array, ""]
     full_given: Float[Array, ""]
     full_accumulated: Float[Array, ""]
-    branch_given: Float[Array, "n_max+1"]
-    branch_true_model: Float[Array, "n_max+1"]
-    branch_accumulated: Float[Array, "n_max+1"]
-    branch_composed: Float[Array, "n_max+1"]
+    branch_given: Float[Array, "lengths"]
+    branch_true_model: Float[Array, "lengths"]
+    branch_accumulated: Float[Array, "lengths"]
+    branch_composed: Float[Array, "lengths"]
     true_decoded: Float[Array, ""]
     full_decoded: Float[Array, ""]
-    branch_decoded: Float[Array, "n_max+1"]
+    branch_decoded: Float[Array, "lengths"]
     eps_pi_worst: Float[Array, ""]
     eps_pi_data: Float[Array, ""]
     step_error: ErrorProfile

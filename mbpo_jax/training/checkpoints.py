@@ -160,10 +160,8 @@ class Checkpoints:
     def _restore_arrays(self, like, step):
         state = epath.Path(self.directory / str(step) / "state")
         check_readable(state, self._without(step))
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=arguments)
-        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        args = ocp.args.Composite(state=_pytree_restore(like))
+        return self._manager.restore(step, args=args)["state"]
 
     def _require_space(self, state) -> None:
         """The library reports a directory that it cannot write to minutes later and at length."""
@@ -258,3 +256,9 @@ def differences(before: Any, now: Any) -> list[str]:
         for key in sorted(before.keys() | now.keys())
         if before.get(key, "absent") != now.get(key, "absent")
     ]
+
+
+def _pytree_restore(like: Any, **options) -> ocp.args.PyTreeRestore:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(abstract, restore_args=arguments, **options)

@@ -207,7 +207,7 @@ def latent_segment(
     return Segment(_markers(params, config, tokenizer, x.shape[0]), x, None, attention)
 
 
-def read_latents(params: Params, hidden: Float[Array, "B n D"]) -> Float[Array, "B n v"]:
+def read_latents(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B v"]:
     """The prediction for latent tokens, float32, from generation tokens after the final norm."""
     return linear(params["adapters"]["llm2vae"], hidden.astype(jnp.float32))
 

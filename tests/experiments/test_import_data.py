@@ -13,7 +13,11 @@ import h5py
 from tests.recordings import Truth, write_libero_hdf5
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ["--config.suite=my_robot", "--config.chunk=4", "--config.demonstrations.render_every=2"]
+CONFIG = [
+    "--config.suite=my_robot",
+    *("--config.chunk=4", "--config.policy.chunk=4"),
+    *("--config.demonstrations.render_every=2", "--config.rollouts.render_every=2"),
+]
 
 
 def run(module, *arguments):

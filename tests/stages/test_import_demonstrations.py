@@ -25,8 +25,8 @@ def config():
     config = libero_long.get_config("micro")
     config.suite = "my_robot"
     config.image_size = 16
-    config.chunk = 4
-    config.demonstrations.render_every = 2
+    config.chunk = config.policy.chunk = 4
+    config.demonstrations.render_every = config.rollouts.render_every = 2
     return config
 
 
@@ -65,7 +65,7 @@ def test_the_pipeline_finds_the_stage_finished(tmp_path, config, capsys):
         "successes": 1,
         "attempts": 1,
     }
-    config.chunk = 2
+    config.chunk = config.policy.chunk = 2
     with pytest.raises(StageError, match="chunk: 4 there, 2 now"):
         pipeline.run(config, tmp_path / "run", ["demonstrations"])
 

@@ -13,7 +13,7 @@ from tests.world_model.conftest import TINY
 def run(monkeypatch, velocity, every):
     """The final tokens of four Euler steps at t = 1, 3/4, 1/2, 1/4 from noise 0."""
 
-    def guided_velocity(params, config, tokenizer, contexts, x, t, rows, columns, current):
+    def guided_velocity(params, config, tokenizer, contexts, x, t, rows, columns):
         return jnp.full_like(x, velocity(t))
 
     monkeypatch.setattr(generation, "guided_velocity", guided_velocity)

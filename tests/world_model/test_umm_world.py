@@ -224,8 +224,10 @@ def test_it_learns_a_moving_square():
     )
     losses = jax.jit(lambda params: world.dynamics_loss(params, held_out, KEY)[1])
     before, after = losses(fresh), losses({**trained, **frozen})
+    # Of a picture's velocity the noise cannot be known, of proprioception everything.
     for name in before:
-        assert after[name] < 0.5 * before[name], (before, after)
+        share = 0.1 if name == "dynamics/proprio" else 0.9
+        assert after[name] < share * before[name], (before, after)
 
 
 @pytest.mark.trains
