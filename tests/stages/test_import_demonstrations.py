@@ -24,7 +24,7 @@ def config():
     """Of a robot without a simulator."""
     config = libero_long.get_config("micro")
     config.suite = "my_robot"
-    config.image_size = 16
+    config.image_size, config.policy.resize_images = 16, True
     config.chunk = config.policy.chunk = 4
     config.demonstrations.render_every = config.rollouts.render_every = 2
     return config
