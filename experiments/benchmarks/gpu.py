@@ -273,7 +273,7 @@ def _view(world: SteppedWorld, params: Params, batch: int) -> Work:
 
     def view(params, observation, frames, actions, key):
         tokens = world.view(params, observation, frames, {}, actions, key, camera)
-        return world.picture(params, frames[camera], tokens, camera)
+        return world.picture(params, tokens, camera)
 
     def arguments():
         observation, actions = world_benchmark.inputs(world, batch)

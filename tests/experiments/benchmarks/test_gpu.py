@@ -70,6 +70,7 @@ def run(tmp_path_factory):
     return out, found.stdout
 
 
+@pytest.mark.long
 def test_every_row_is_measured_with_five_packages(run):
     out, text = run
     (only,) = json.loads((out / "gpu.json").read_text())["runs"]
