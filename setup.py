@@ -57,6 +57,7 @@ setup(
     description="World-model reinforcement learning for robot policies, in JAX",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["mbpo_jax*", "experiments*", "configs*"]),
     package_data={"mbpo_jax": ["**/*.html"], "experiments": ["**/*.md"]},
