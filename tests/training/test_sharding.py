@@ -29,11 +29,8 @@ TOYS = ("4x2", "1x8", "pmap")
 
 def run(*arguments) -> subprocess.Popen:
     """The program of `sharded_steps`, with devices of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "tests.training.sharded_steps", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(*processes: subprocess.Popen) -> None:
