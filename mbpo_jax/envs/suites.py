@@ -23,10 +23,17 @@ class _Adapter(NamedTuple):
     environment: type[RobosuiteEnv]
     plan: Callable[[Any], Iterator[np.ndarray]]
     arms: int
+    cameras: tuple[str, ...]
 
 
-_LIBERO = _Adapter(libero.task_info, libero.LiberoEnv, libero_expert.plan, 1)
-_TWO_ARM_LIFT = _Adapter(two_arm_lift.task_info, two_arm_lift.TwoArmLiftEnv, two_arm_expert.plan, 2)
+_LIBERO = _Adapter(libero.task_info, libero.LiberoEnv, libero_expert.plan, 1, libero.CAMERAS)
+_TWO_ARM_LIFT = _Adapter(
+    two_arm_lift.task_info,
+    two_arm_lift.TwoArmLiftEnv,
+    two_arm_expert.plan,
+    2,
+    two_arm_lift.CAMERAS,
+)
 
 
 def task_info(suite: str, task_id: int) -> TaskInfo:
@@ -64,6 +71,22 @@ def expert_actions(env: RobosuiteEnv) -> Iterator[np.ndarray]:
     """The actions [A] of the scripted expert from where the episode is now. Raises ValueError for a
     task that it cannot do."""
     return _adapter(env.suite).plan(env)
+
+
+def cameras(suite: str) -> tuple[str, ...]:
+    """The cameras of a suite, head first."""
+    return _adapter(suite).cameras
+
+
+def unsupported_by_expert(suite: str, task_id: int) -> str:
+    """Why the scripted expert cannot do a task, "" if it knows all that the goal asks for. Raises
+    as `task_info`."""
+    task_info(suite, task_id)
+    if suite in two_arm_lift.SUITES:
+        return ""
+    return libero_expert.unsupported(
+        libero_suites.goals(libero_suites.task_files(suite)[task_id].bddl)
+    )
 
 
 def _adapter(suite: str) -> _Adapter:

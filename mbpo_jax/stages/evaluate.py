@@ -5,12 +5,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 
 from mbpo_jax import seeds
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult
-from mbpo_jax.envs.sim.recording import VIDEO_STRIDE
+from mbpo_jax.envs.sim.recording import write_video
 from mbpo_jax.envs.suites import task_info
 from mbpo_jax.envs.workers.pool import EnvPool, PoolAct
 from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
@@ -191,7 +190,7 @@ def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Pa
         acting = batched_act(config, act, params)
         (result,) = pool.policy_episodes([request], acting, source="improved")
         path = directory / f"{kind}.gif"
-        write_video(config, result, path)
+        write_video(result.video, path, config.robot.control_hz)
         videos[kind] = {
             "file": path.name,
             "task": request.task_id,
@@ -199,12 +198,3 @@ def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Pa
             "repeated_outcome": bool(result.episode.success),
         }
     return videos
-
-
-def write_video(config: Config, result: EpisodeResult, path: Path) -> None:
-    """The episode's video as a GIF, its views side by side; complete or not there at all."""
-    frames = np.concatenate([result.video[c] for c in config.cameras], axis=2)
-    milliseconds = 1000 * VIDEO_STRIDE / config.robot.control_hz
-    temporary = path.with_name(f"{path.stem}_unfinished.gif")
-    iio.imwrite(temporary, frames, duration=milliseconds, loop=0)
-    temporary.replace(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from mbpo_jax.envs import suites
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.sim import libero_suites
+from mbpo_jax.envs.sim.recording import write_video
 from mbpo_jax.envs.workers.pool import PoolAct
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import make_pool
@@ -16,7 +17,6 @@ from mbpo_jax.stages.evaluate import (
     run_requests,
     start_of,
     summarize,
-    write_video,
 )
 from mbpo_jax.stages.statistics import newcombe_interval
 from mbpo_jax.stages.workspace import Workspace
@@ -162,7 +162,8 @@ def _run_suite(
             act = actor_of(config.suite, config.tasks)
             for result in run_requests(pool, act, requests, path, label(config.suite)):
                 if result.video is not None:
-                    write_video(config, result, _video(directory, result.request))
+                    path = _video(directory, result.request)
+                    write_video(result.video, path, config.robot.control_hz)
     by_start = {start_of(record): record for record in read_metrics(path)}
     return [by_start[start] for start in starts]
 

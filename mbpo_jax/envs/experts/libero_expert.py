@@ -5,7 +5,7 @@ above, `turnon` by turning a knob.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,23 @@ _ATTEMPTS = 3  # grasps of one object, and passes over the goal
 Actions = Iterator[np.ndarray]
 
 
+def unsupported(goals: Iterable[tuple[str, ...]]) -> str:
+    """Which part of a goal the expert cannot achieve and why, "" if it can achieve all of it."""
+    for goal in goals:
+        if goal[0] not in SUPPORTED_PREDICATES:
+            known = ", ".join(SUPPORTED_PREDICATES)
+            return f"cannot achieve {' '.join(goal)!r}: it knows the predicates {known}"
+    return ""
+
+
 def check_supported(env: LiberoEnv) -> None:
     """Raises ValueError if the goal has a predicate that the expert cannot achieve."""
-    for goal in env.goals:
-        if goal[0] not in SUPPORTED_PREDICATES:
-            raise ValueError(
-                f"the scripted expert cannot achieve {' '.join(goal)!r} of {env.suite} task "
-                f"{env.task_id} ({env.instruction}); it knows the predicates "
-                f"{', '.join(SUPPORTED_PREDICATES)}. Import demonstrations for this task instead"
-            )
+    reason = unsupported(env.goals)
+    if reason:
+        raise ValueError(
+            f"in {env.suite} task {env.task_id} ({env.instruction}) the scripted expert {reason}. "
+            "Import demonstrations for this task instead"
+        )
 
 
 class Scene:

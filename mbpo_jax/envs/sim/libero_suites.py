@@ -117,6 +117,13 @@ def language(bddl: Path) -> str:
     return " ".join(found[1].split())
 
 
+def goals(bddl: Path) -> list[tuple[str, ...]]:
+    """The predicates that a BDDL file wants to be true, such as ("on", "bowl_1", "plate_1"), as the
+    simulator reads them."""
+    wanted = bddl.read_text(encoding="utf-8").partition("(:goal")[2]
+    return [tuple(x.lower().split()) for x in re.findall(r"\(([^()]+)\)", wanted)]
+
+
 def load_init_states(task: TaskFiles) -> np.ndarray:
     """The fixed initial states float64 [n, state] of a task, [0, 0] where it has none.
 

@@ -1,5 +1,8 @@
 """From a running environment to an Episode: states are saved at every step, frames drawn later."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 
 from mbpo_jax.envs.requests import EpisodeRequest
@@ -85,3 +88,14 @@ class Recorder:
             target_actions=action_windows(labels, timesteps, env.chunk),
             num_actions=np.minimum(env.chunk, length - timesteps).astype(np.int32),
         )
+
+
+def write_video(video: Mapping[str, np.ndarray], path: Path, control_hz: float) -> None:
+    """An episode's `video` (camera -> uint8 [n, S, S, 3], VIDEO_STRIDE steps apart) as a GIF at the
+    robot's speed, its views side by side; complete or not there at all."""
+    import imageio.v3 as iio
+
+    frames = np.concatenate([*video.values()], axis=2)
+    temporary = path.with_name(f"{path.stem}_unfinished.gif")
+    iio.imwrite(temporary, frames, duration=1000 * VIDEO_STRIDE / control_hz, loop=0)
+    temporary.replace(path)

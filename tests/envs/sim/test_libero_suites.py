@@ -142,3 +142,21 @@ def test_states_of_another_scene_are_refused(tmp_path):
     folder = files_of("libero_10_swap", 5, tmp_path / "wrong", np.zeros((2, 46)))
     with pytest.raises(ValueError, match="are 46 numbers, its scene has 45"):
         LiberoEnv(str(folder), 0, image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("suite", "task", "goals"),
+    [
+        (
+            "libero_10",
+            3,
+            [
+                ("close", "white_cabinet_1_bottom_region"),
+                ("in", "akita_black_bowl_1", "white_cabinet_1_bottom_region"),
+            ],
+        ),
+        ("libero_goal", 7, [("turnon", "flat_stove_1")]),
+    ],
+)
+def test_goals_are_read_without_the_simulator(suite, task, goals):
+    assert libero_suites.goals(libero_suites.task_files(suite)[task].bddl) == goals
