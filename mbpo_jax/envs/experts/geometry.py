@@ -112,17 +112,31 @@ def _rim_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int) -> tuple
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where a held object's origin is taken, `spot` [2] and `height`, with the hand at `yaw`;
-    `lift`: how much higher it travels."""
+    `lift`: how much higher it travels; `climb`: how far it rises before it travels."""
 
     spot: np.ndarray
     height: float
     yaw: float
     lift: float
+    climb: float = 0.04
+
+
+def rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
+    """The rotation [3, 3] by an angle about a unit vector [3]."""
+    x, y, z = axis
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
 def rotation_about_vertical(angle: float) -> np.ndarray:
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+
+
+def leaning(rotation: np.ndarray, towards: np.ndarray, angle: float) -> np.ndarray:
+    """A hand's `rotation` [3, 3] leant over: what was above it goes towards a horizontal unit vector
+    [3]."""
+    return rotation_about(np.cross([0.0, 0.0, 1.0], towards), angle) @ rotation
 
 
 def plan_insertion(

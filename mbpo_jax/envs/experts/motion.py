@@ -1,15 +1,21 @@
-"""How the scripted experts move a hand.
+"""How the scripted experts move a hand. Lengths in metres, angles in radians.
 
 Every motion is a proportional law on the distance to a target, so that the actions are smooth and
 a network can imitate them.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from mbpo_jax.envs.sim.simulator import RobosuiteEnv
 
+Actions = Iterator[np.ndarray]
+
 OPEN, CLOSED = -1.0, 1.0
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # the hand at yaw 0
+
+UP = np.array([0.0, 0.0, 1.0])
 
 _METRES, _RADIANS = 0.05, 0.5  # what an action of 1.0 commands
 _GAIN = 0.8  # at 1.5 the arm arrives sooner, but a network imitates the last centimetres worse
@@ -60,3 +66,63 @@ class Hand:
         turn = _GAIN * self.rotation_error(rotation) / _RADIANS
         turn *= min(1.0, 1.0 / max(np.linalg.norm(turn), 1e-9))
         return np.concatenate([step, turn, [gripper]])
+
+
+def reach(hand: Hand, position: np.ndarray, rotation: np.ndarray, gripper: float) -> Actions:
+    """Roughly to a pose (position [3], rotation [3, 3]), on the way to somewhere else."""
+    for _ in range(60):
+        off = np.linalg.norm(position - hand.position)
+        if off < 0.03 and np.linalg.norm(hand.rotation_error(rotation)) < 0.3:
+            return
+        yield hand.towards(position, rotation, gripper)
+
+
+def approach(
+    hand: Hand,
+    position: np.ndarray,
+    rotation: np.ndarray,
+    tolerance: float,
+    clearance: float,
+    gripper: float = OPEN,
+) -> Actions:
+    """To a pose (position [3], rotation [3, 3]) through a funnel along the direction in which the
+    hand points there: up to `clearance` before it, and near only where well centred and turned.
+    `tolerance`: how near is near enough."""
+    along = rotation[:, 2]
+    for _ in range(100):
+        error = position - hand.position
+        off_centre = np.linalg.norm(error - along * (error @ along))
+        turned = np.linalg.norm(hand.rotation_error(rotation))
+        if np.linalg.norm(error) < tolerance and turned < 0.15:
+            return
+        back = np.clip(4 * (off_centre - tolerance) + 0.3 * max(turned - 0.15, 0), 0, 1)
+        yield hand.towards(position - along * min(back, clearance), rotation, gripper)
+
+
+def close_fingers(hand: Hand, position: np.ndarray, rotation: np.ndarray) -> Actions:
+    """Closes the fingers at a pose until they are stopped."""
+    width = np.inf
+    for step in range(15):
+        if step >= 4 and width - hand.finger_width < 0.001:
+            return
+        width = hand.finger_width
+        yield hand.towards(position, rotation, CLOSED)
+
+
+def retreat(
+    hand: Hand, direction: np.ndarray, distance: float, rotation: np.ndarray, gripper: float
+) -> Actions:
+    """Straight away along a unit vector [3]."""
+    start = hand.position
+    for _ in range(30):
+        if (hand.position - start) @ direction > distance:
+            return
+        yield hand.towards(start + direction * (distance + 0.05), rotation, gripper)
+
+
+def let_go(hand: Hand, rotation: np.ndarray, direction: np.ndarray = UP) -> Actions:
+    """Opens the fingers and retreats."""
+    position = hand.position
+    for _ in range(6):
+        yield hand.towards(position, rotation, OPEN)
+    yield from retreat(hand, direction, 0.1, rotation, OPEN)

@@ -1,0 +1,102 @@
+"""The scripted expert's picking and placing, from above."""
+
+import dataclasses
+
+import numpy as np
+
+from mbpo_jax.envs.experts.geometry import (
+    Placement,
+    plan_grasp,
+    plan_insertion,
+    rotation_about_vertical,
+)
+from mbpo_jax.envs.experts.motion import (
+    CLOSED,
+    DOWN,
+    OPEN,
+    UP,
+    Actions,
+    approach,
+    close_fingers,
+    let_go,
+    retreat,
+)
+from mbpo_jax.envs.experts.scene import Scene
+
+ATTEMPTS = 3  # grasps of one object
+
+
+def downward(yaw: float) -> np.ndarray:
+    """The hand's rotation [3, 3] when it points down at `yaw`."""
+    return rotation_about_vertical(yaw) @ DOWN
+
+
+def yaw_of(rotation: np.ndarray) -> float:
+    """The yaw of a hand that points down."""
+    rotation = rotation @ DOWN.T
+    return float(np.arctan2(rotation[1, 0], rotation[0, 0]))
+
+
+def pick(scene: Scene, name: str) -> Actions:
+    """Grasps an object from above and lifts it a little; tries again if it slips."""
+    hand = scene.hand
+    for attempt in range(ATTEMPTS):
+        height = scene.position(name)[2]
+        grasp = plan_grasp(scene.points(name), scene.obstacles(name), attempt)
+        rotation, low = downward(grasp.yaw), grasp.position[2]
+        top = scene.points(name)[:, 2].max()
+        if attempt:
+            yield from retreat(hand, UP, top + 0.10 - hand.position[2], rotation, OPEN)
+        clearance = max(top + 0.03 - low, 0) + 0.02
+        yield from approach(hand, grasp.position, rotation, grasp.tolerance, clearance)
+        yield from close_fingers(hand, grasp.position, rotation)
+        yield from retreat(hand, UP, low + 0.04 - hand.position[2], rotation, CLOSED)
+        if scene.position(name)[2] > height + 0.02:
+            return
+
+
+def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
+    """Carries the held object over its target, lowers it, lets go and withdraws."""
+    name, hand = goal[1], scene.hand
+    plan = _destination(scene, goal)
+    rotation = downward(plan.yaw)
+    start = hand.position[2]
+    for _ in range(200):
+        held = scene.position(name)
+        error = np.array([*plan.spot, plan.height]) - held
+        off_centre = np.linalg.norm(error[:2])
+        if abs(error[2]) < 0.006 and off_centre < 0.02:
+            break
+        turned = np.linalg.norm(hand.rotation_error(rotation))
+        funnel = 3 * (off_centre - 0.01) + 0.2 * max(turned - 0.2, 0)
+        error[2] += np.clip(funnel, 0, plan.lift)
+        action = hand.towards(hand.position + error, rotation, CLOSED)
+        # Neighbours of the object are passed only once it is above them.
+        risen = np.clip((hand.position[2] - start - plan.climb) / 0.04 + 1, 0, 1)
+        action[:2] *= risen if off_centre > 0.05 else 1.0
+        yield action
+        if np.linalg.norm(scene.position(name) - hand.position) > 0.25:  # dropped on the way
+            return
+    yield from let_go(hand, rotation)
+
+
+def _destination(scene: Scene, goal: tuple[str, ...]) -> Placement:
+    """Where the object that is held now goes."""
+    predicate, name, target = goal
+    shape = scene.points(name) - scene.position(name)
+    centre, region = scene.position(target), scene.region(target)
+    yaw = yaw_of(scene.hand.rotation)
+    if predicate == "in":
+        container = scene.points(region.parent_name)
+        inside = plan_insertion(shape, yaw, container, centre, scene.half_size(target))
+        if scene.part(target):  # a drawer may stand out over what is put into it
+            climb = inside.height + inside.lift - scene.position(name)[2]
+            inside = dataclasses.replace(inside, climb=max(climb, 0.04))
+        return inside
+    if region is None:
+        points = scene.points(target)
+        near = np.linalg.norm(points[:, :2] - centre[:2], axis=1) < 0.05
+        surface = (points[near] if near.any() else points)[:, 2].max() + 0.008
+    else:
+        surface = centre[2] + 0.015
+    return Placement(centre[:2], surface - shape[:, 2].min(), yaw, 0.05)
