@@ -2,19 +2,20 @@
 
 import numpy as np
 
-from mbpo_jax.envs.experts.geometry import leaning, plan_grasp
+from mbpo_jax.envs.experts.geometry import leaning, plan_grasp, yaw_along
 from mbpo_jax.envs.experts.motion import (
     CLOSED,
-    DOWN,
     OPEN,
+    UP,
     Actions,
     approach,
     close_fingers,
     let_go,
     reach,
+    retreat,
 )
 from mbpo_jax.envs.experts.pick_place import downward, yaw_of
-from mbpo_jax.envs.experts.scene import Scene
+from mbpo_jax.envs.experts.scene import Part, Scene
 
 _LEAN = 1.3  # of the hand at a handle: level it would touch what lies before the drawer
 _ROOM = 0.11  # of a drawer that is to be filled
@@ -30,8 +31,8 @@ def pull_open(scene: Scene, name: str, enough: float = np.inf) -> Actions:
     bar = points[ahead > ahead.max() - 0.012]
     centre = (bar.min(axis=0) + bar.max(axis=0)) / 2
     centre += outward * (ahead.max() - 0.008 - centre @ outward)
-    rotation = leaning(DOWN, outward, _LEAN)
-    yield from reach(hand, centre + 0.1 * outward + [0, 0, 0.15], rotation, OPEN)
+    rotation = leaning(downward(yaw_along(outward)), outward, _LEAN)
+    yield from reach(hand, centre + 0.1 * outward + 0.15 * UP, rotation, OPEN)
     yield from approach(hand, centre, rotation, 0.01, 0.1)
     yield from close_fingers(hand, centre, rotation)
     for _ in range(100):
@@ -42,7 +43,41 @@ def pull_open(scene: Scene, name: str, enough: float = np.inf) -> Actions:
 
 
 def push_shut(scene: Scene, name: str) -> Actions:
-    yield from ()
+    """Pushes a drawer or door with closed fingers until it counts as shut."""
+    hand, part = scene.hand, scene.part(name)
+    contact = _contact(part)
+    outward = part.opening_direction(contact)
+    rotation = downward(yaw_along(np.cross(outward, UP)))
+    if part.slides:
+        rotation = leaning(rotation, outward, 0.6)
+    top = part.points[:, 2].max()
+    yield from retreat(hand, UP, top + 0.12 - hand.position[2], hand.rotation, OPEN)
+    before = contact + 0.04 * outward
+    yield from reach(hand, np.array([*before[:2], top + 0.12]), rotation, CLOSED)
+    yield from approach(hand, before, rotation, 0.02, 0.12, CLOSED)
+    for _ in range(150):
+        if scene.is_true("close", name):
+            break
+        contact = _contact(part)
+        yield hand.towards(contact - 0.04 * part.opening_direction(contact), rotation, CLOSED)
+    outward = part.opening_direction(contact)
+    yield from retreat(hand, outward, 0.05, rotation, CLOSED)
+
+
+def _contact(part: Part) -> np.ndarray:
+    """Where [3] fingertips push: on a drawer's handle, or high on a door's outside, where its
+    handle is not in the way."""
+    points = part.points
+    if part.slides:
+        outward = part.opening_direction(points[0])
+        front = points[points @ outward > (points @ outward).max() - 0.012]
+        return (front.min(axis=0) + front.max(axis=0)) / 2
+    radius = np.linalg.norm((points - part.hinge)[:, :2], axis=1)
+    ring = points[np.abs(radius - 0.7 * radius.max()) < 0.02]
+    outward = part.opening_direction(ring.mean(axis=0))
+    ahead = ring @ outward
+    middle = ring[ahead > ahead.max() - 0.005].mean(axis=0)
+    return np.array([*middle[:2], points[:, 2].max() - 0.03])
 
 
 def turn_on(scene: Scene, name: str) -> Actions:

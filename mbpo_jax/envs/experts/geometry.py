@@ -133,43 +133,88 @@ def rotation_about_vertical(angle: float) -> np.ndarray:
     return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
 
+def yaw_along(direction: np.ndarray) -> float:
+    """The yaw from -pi/2 to pi/2 at which the fingers open along a horizontal vector [3]."""
+    return float((np.arctan2(-direction[0], direction[1]) + np.pi / 2) % np.pi - np.pi / 2)
+
+
 def leaning(rotation: np.ndarray, towards: np.ndarray, angle: float) -> np.ndarray:
-    """A hand's `rotation` [3, 3] leant over: what was above it goes towards a horizontal unit vector
+    """A hand's `rotation` [3, 3] leant over: its back goes towards a horizontal unit vector
     [3]."""
     return rotation_about(np.cross([0.0, 0.0, 1.0], towards), angle) @ rotation
 
 
 def plan_insertion(
-    shape: np.ndarray, yaw: float, container: np.ndarray, centre: np.ndarray, half: np.ndarray
+    shape: np.ndarray,
+    palm: np.ndarray,
+    yaw: float,
+    container: np.ndarray,
+    rim: float,
+    centre: np.ndarray,
+    half: np.ndarray,
 ) -> Placement:
-    """How to lower an object into a region of a container so that it touches no wall.
+    """How to lower an object into a region of a container so that it and the hand touch no wall.
 
-    shape: the object's surface points [N, 3] relative to its origin, held at `yaw`; container:
-    surface points [W, 3]; centre, half: [3], the region in which the origin must be. It is let go
-    with its lower end 3 to 5 cm below the container's rim. The spot and the hand's yaw (in steps of
-    15 degrees) leave 1.2 cm of room if possible; then little turning and a central spot are
-    preferred.
+    shape, palm: surface points [N, 3] of the object and of the hand above the fingertips, relative
+    to the object's origin, held at `yaw`; container: surface points [W, 3]; rim: the height of the
+    region's upper edge; centre, half: [3], the region in which the origin must be. The object is
+    let go with its lower end 3 to 5 cm below the rim. The spot and the hand's yaw (in steps of 15
+    degrees) leave 1.2 cm of room if possible; then little turning and a central spot are preferred.
     """
     depth = np.clip(np.ptp(shape[:, 2]) / 2, 0.03, 0.05)
-    height = container[:, 2].max() - depth - shape[:, 2].min()
-    walls = container[container[:, 2] > height + shape[:, 2].min()][:, :2]
-    reach = half[:2].max() + np.linalg.norm(shape[:, :2], axis=1).max()
-    walls = walls[np.linalg.norm(walls - centre[:2], axis=1) < reach + 0.02]
-    if not len(walls):
+    height = rim - depth - shape[:, 2].min()
+    low = [(part, _walls(container, part, height, centre, half)) for part in (shape, palm)]
+    low = [(part, walls) for part, walls in low if len(walls)]
+    if not low:
         return Placement(centre[:2], height, yaw, depth + 0.025)
-    walls = np.unique(np.round(walls, 3), axis=0)
     grid = np.linspace(-1, 1, 21)
     offsets = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     offsets = offsets * np.maximum(half[:2] - 0.012, 0)
     best = (np.inf, centre[:2], yaw)
     for candidate in np.arange(-6, 7) * np.pi / 12:
-        turned = shape @ rotation_about_vertical(candidate - yaw).T
-        room = _room(turned[:, :2], walls, centre[:2] + offsets)
-        cost = np.linalg.norm(offsets, axis=1) - 10 * np.minimum(room, 0.012)
+        turn = rotation_about_vertical(candidate - yaw)
+        rooms = [_room((part @ turn.T)[:, :2], walls, centre[:2] + offsets) for part, walls in low]
+        cost = np.linalg.norm(offsets, axis=1) - 10 * np.minimum(np.min(rooms, axis=0), 0.012)
         cost += 0.02 * abs(candidate - yaw)
         if cost.min() < best[0]:
             best = (cost.min(), centre[:2] + offsets[np.argmin(cost)], float(candidate))
     return Placement(best[1], height, best[2], depth + 0.025)
+
+
+def _walls(
+    container: np.ndarray, part: np.ndarray, height: float, centre: np.ndarray, half: np.ndarray
+) -> np.ndarray:
+    """The wall points [W, 2] that a part of what is held at `height` can touch in a region."""
+    walls = container[container[:, 2] > height + part[:, 2].min()][:, :2]
+    reach = half[:2].max() + np.linalg.norm(part[:, :2], axis=1).max()
+    walls = walls[np.linalg.norm(walls - centre[:2], axis=1) < reach + 0.02]
+    return np.unique(np.round(walls, 3), axis=0)
+
+
+def plan_handle_grasp(points: np.ndarray, outward: np.ndarray) -> np.ndarray:
+    """Where [3] the fingertips hold an object with surface `points` [N, 3] by what stands out along
+    a horizontal unit vector [3], such as a mug's handle."""
+    along = points @ outward
+    handle = points[along > along.max() - 0.025]
+    middle = (handle.min(axis=0) + handle.max(axis=0)) / 2
+    return middle + outward * (along.max() - 0.015 - middle @ outward)
+
+
+def mouth(container: np.ndarray, centre: np.ndarray, half: np.ndarray) -> np.ndarray | None:
+    """The horizontal unit vector [3] that leads out of a region with a roof, None if there is none.
+
+    container: surface points [W, 3] of what stands still around it; centre, half: [3].
+    """
+    inside = np.abs(container - centre) < 0.6 * half
+    if not (inside[:, 0] & inside[:, 1] & (container[:, 2] > centre[2] + 0.5 * half[2])).any():
+        return None
+    ways = [sign * axis for axis in np.eye(3)[:2] for sign in (1.0, -1.0)]
+
+    def blocked(way: np.ndarray) -> int:
+        across = inside[:, [i for i in range(3) if not way[i]]].all(axis=1)
+        return int((across & ((container - centre) @ way > 0)).sum())
+
+    return min(ways, key=blocked)
 
 
 def _room(footprint: np.ndarray, walls: np.ndarray, spots: np.ndarray) -> np.ndarray:

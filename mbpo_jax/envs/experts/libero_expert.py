@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from mbpo_jax.envs.experts.articulated import prepare, pull_open, push_shut, turn_on
 from mbpo_jax.envs.experts.motion import Actions
-from mbpo_jax.envs.experts.pick_place import pick, place
+from mbpo_jax.envs.experts.pick_place import move
 from mbpo_jax.envs.experts.scene import Scene
 from mbpo_jax.envs.sim.libero import LiberoEnv
 
@@ -53,5 +53,4 @@ def _achieve(scene: Scene) -> Actions:
                 yield from _SKILLS[goal[0]](scene, goal[1])
             else:
                 yield from prepare(scene, goal[2])
-                yield from pick(scene, goal[1])
-                yield from place(scene, goal)
+                yield from move(scene, goal)

@@ -6,9 +6,13 @@ import numpy as np
 
 from mbpo_jax.envs.experts.geometry import (
     Placement,
+    leaning,
+    mouth,
     plan_grasp,
+    plan_handle_grasp,
     plan_insertion,
     rotation_about_vertical,
+    yaw_along,
 )
 from mbpo_jax.envs.experts.motion import (
     CLOSED,
@@ -19,11 +23,13 @@ from mbpo_jax.envs.experts.motion import (
     approach,
     close_fingers,
     let_go,
+    reach,
     retreat,
 )
 from mbpo_jax.envs.experts.scene import Scene
 
 ATTEMPTS = 3  # grasps of one object
+_LEAN = 1.3  # of the hand that reaches under a roof
 
 
 def downward(yaw: float) -> np.ndarray:
@@ -35,6 +41,37 @@ def yaw_of(rotation: np.ndarray) -> float:
     """The yaw of a hand that points down."""
     rotation = rotation @ DOWN.T
     return float(np.arctan2(rotation[1, 0], rotation[0, 0]))
+
+
+def move(scene: Scene, goal: tuple[str, ...]) -> Actions:
+    """Brings an object to where `goal`, an `in` or `on`, wants it."""
+    _, name, target = goal
+    region = scene.region(target)
+    if goal[0] == "in":
+        still = scene.points(region.parent_name, subtree=False)
+        outward = mouth(still, scene.position(target), scene.half_size(target))
+        if outward is not None:
+            yield from _slide_in(scene, name, target, outward)
+            return
+    yield from pick(scene, name)
+    yield from place(scene, goal)
+
+
+def _slide_in(scene: Scene, name: str, target: str, outward: np.ndarray) -> Actions:
+    """Takes an object by its handle and puts it into a region with a roof."""
+    hand = scene.hand
+    upright = downward(yaw_along(np.cross(outward, UP)))
+    rotation = leaning(upright, outward, _LEAN)
+    grasp = plan_handle_grasp(scene.points(name), outward)
+    yield from reach(hand, grasp + 0.08 * outward + 0.12 * UP, rotation, OPEN)
+    yield from approach(hand, grasp, rotation, 0.008, 0.1)
+    yield from close_fingers(hand, grasp, rotation)
+    yield from retreat(hand, UP, 0.08, rotation, CLOSED)
+    held = scene.position(name)
+    spot = scene.position(target)
+    spot[2] += 0.02 - scene.half_size(target)[2] - (scene.points(name) - held)[:, 2].min()
+    yield from approach(hand, spot + hand.position - held, rotation, 0.01, 0.25, CLOSED)
+    yield from let_go(hand, rotation, outward)
 
 
 def pick(scene: Scene, name: str) -> Actions:
@@ -87,9 +124,12 @@ def _destination(scene: Scene, goal: tuple[str, ...]) -> Placement:
     centre, region = scene.position(target), scene.region(target)
     yaw = yaw_of(scene.hand.rotation)
     if predicate == "in":
-        container = scene.points(region.parent_name)
-        inside = plan_insertion(shape, yaw, container, centre, scene.half_size(target))
-        if scene.part(target):  # a drawer may stand out over what is put into it
+        container, drawer = scene.points(region.parent_name), scene.part(target)
+        rim = (drawer.points if drawer else container)[:, 2].max()
+        palm = scene.palm() - scene.position(name)
+        half = scene.half_size(target)
+        inside = plan_insertion(shape, palm, yaw, container, rim, centre, half)
+        if drawer:  # it may stand out over what is put into it
             climb = inside.height + inside.lift - scene.position(name)[2]
             inside = dataclasses.replace(inside, climb=max(climb, 0.04))
         return inside

@@ -65,8 +65,14 @@ class Scene:
             return self.env.data.xpos[self._bodies[name]].copy()
         return np.array(self.env.simulation.sim.data.get_site_xpos(name))
 
-    def points(self, name: str) -> np.ndarray:
-        return body_points(self.env.model, self.env.data, self._bodies[name])
+    def points(self, name: str, subtree: bool = True) -> np.ndarray:
+        """Surface points [N, 3] of an object, with or without what moves on it."""
+        return body_points(self.env.model, self.env.data, self._bodies[name], subtree)
+
+    def palm(self) -> np.ndarray:
+        """Surface points [N, 3] of the hand without its fingertips."""
+        points = body_points(self.env.model, self.env.data, self.env.arms[0].hand_body)
+        return points[(self.hand.position - points) @ self.hand.rotation[:, 2] > 0.03]
 
     def obstacles(self, name: str) -> np.ndarray:
         """Surface points of everything that stands on the table besides `name`."""
