@@ -200,21 +200,36 @@ def plan_handle_grasp(points: np.ndarray, outward: np.ndarray) -> np.ndarray:
     return middle + outward * (along.max() - 0.015 - middle @ outward)
 
 
-def mouth(container: np.ndarray, centre: np.ndarray, half: np.ndarray) -> np.ndarray | None:
-    """The horizontal unit vector [3] that leads out of a region with a roof, None if there is none.
+@dataclasses.dataclass(frozen=True)
+class Mouth:
+    """The way into a region with a roof: its `middle` [3] inside, and the horizontal unit vector
+    [3] that leads out."""
+
+    middle: np.ndarray
+    outward: np.ndarray
+
+
+def find_mouth(container: np.ndarray, centre: np.ndarray, half: np.ndarray) -> Mouth | None:
+    """The way into a region, None if it is open above.
 
     container: surface points [W, 3] of what stands still around it; centre, half: [3].
     """
     inside = np.abs(container - centre) < 0.6 * half
-    if not (inside[:, 0] & inside[:, 1] & (container[:, 2] > centre[2] + 0.5 * half[2])).any():
+    if not (inside[:, :2].all(axis=1) & (container[:, 2] > centre[2] + 0.5 * half[2])).any():
         return None
-    ways = [sign * axis for axis in np.eye(3)[:2] for sign in (1.0, -1.0)]
 
-    def blocked(way: np.ndarray) -> int:
-        across = inside[:, [i for i in range(3) if not way[i]]].all(axis=1)
-        return int((across & ((container - centre) @ way > 0)).sum())
+    def ahead(way: np.ndarray) -> np.ndarray:
+        """How far the walls that one meets on the way out are."""
+        across = inside[:, way == 0].all(axis=1)
+        distance = (container - centre) @ way
+        return distance[across & (distance > 0)]
 
-    return min(ways, key=blocked)
+    outward = min(
+        (sign * way for way in np.eye(3)[:2] for sign in (1, -1)), key=lambda w: len(ahead(w))
+    )
+    side = np.cross(outward, [0.0, 0.0, 1.0])
+    right, left = (ahead(way).min(initial=half[:2].max()) for way in (side, -side))
+    return Mouth(centre + side * (right - left) / 2, outward)
 
 
 def _room(footprint: np.ndarray, walls: np.ndarray, spots: np.ndarray) -> np.ndarray:

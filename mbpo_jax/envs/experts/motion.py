@@ -84,11 +84,12 @@ def approach(
     tolerance: float,
     clearance: float,
     gripper: float = OPEN,
+    along: np.ndarray | None = None,
 ) -> Actions:
-    """To a pose (position [3], rotation [3, 3]) through a funnel along the direction in which the
-    hand points there: up to `clearance` before it, and near only where well centred and turned.
-    `tolerance`: how near is near enough."""
-    along = rotation[:, 2]
+    """To a pose (position [3], rotation [3, 3]) through a funnel along a unit vector [3], which by
+    default is where the hand points: from up to `clearance` before it, and near only where well
+    centred and turned. `tolerance`: how near is near enough."""
+    along = rotation[:, 2] if along is None else along
     for _ in range(100):
         error = position - hand.position
         off_centre = np.linalg.norm(error - along * (error @ along))

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 
 from mbpo_jax.envs.experts.geometry import (
+    Mouth,
     Placement,
+    find_mouth,
     leaning,
-    mouth,
     plan_grasp,
     plan_handle_grasp,
     plan_insertion,
@@ -29,7 +30,8 @@ from mbpo_jax.envs.experts.motion import (
 from mbpo_jax.envs.experts.scene import Scene
 
 ATTEMPTS = 3  # grasps of one object
-_LEAN = 1.3  # of the hand that reaches under a roof
+_LEAN = 0.9  # of the hand that reaches under a roof
+_FRONT = 0.03  # how far before the middle of such a region something is put
 
 
 def downward(yaw: float) -> np.ndarray:
@@ -45,32 +47,33 @@ def yaw_of(rotation: np.ndarray) -> float:
 
 def move(scene: Scene, goal: tuple[str, ...]) -> Actions:
     """Brings an object to where `goal`, an `in` or `on`, wants it."""
-    _, name, target = goal
-    region = scene.region(target)
-    if goal[0] == "in":
-        still = scene.points(region.parent_name, subtree=False)
-        outward = mouth(still, scene.position(target), scene.half_size(target))
-        if outward is not None:
-            yield from _slide_in(scene, name, target, outward)
+    predicate, name, target = goal
+    if predicate == "in":
+        container = scene.points(scene.region(target).parent_name, subtree=False)
+        mouth = find_mouth(container, scene.position(target), scene.half_size(target))
+        if mouth is not None:
+            yield from _slide_in(scene, name, target, mouth)
             return
     yield from pick(scene, name)
     yield from place(scene, goal)
 
 
-def _slide_in(scene: Scene, name: str, target: str, outward: np.ndarray) -> Actions:
+def _slide_in(scene: Scene, name: str, target: str, mouth: Mouth) -> Actions:
     """Takes an object by its handle and puts it into a region with a roof."""
-    hand = scene.hand
+    hand, outward = scene.hand, mouth.outward
     upright = downward(yaw_along(np.cross(outward, UP)))
     rotation = leaning(upright, outward, _LEAN)
     grasp = plan_handle_grasp(scene.points(name), outward)
     yield from reach(hand, grasp + 0.08 * outward + 0.12 * UP, rotation, OPEN)
-    yield from approach(hand, grasp, rotation, 0.008, 0.1)
+    yield from approach(hand, grasp, rotation, 0.01, 0.1)
     yield from close_fingers(hand, grasp, rotation)
     yield from retreat(hand, UP, 0.08, rotation, CLOSED)
     held = scene.position(name)
-    spot = scene.position(target)
+    spot = mouth.middle + _FRONT * outward
     spot[2] += 0.02 - scene.half_size(target)[2] - (scene.points(name) - held)[:, 2].min()
-    yield from approach(hand, spot + hand.position - held, rotation, 0.01, 0.25, CLOSED)
+    spot += hand.position - held
+    yield from reach(hand, spot + 0.2 * outward, rotation, CLOSED)
+    yield from approach(hand, spot, rotation, 0.01, 0.2, CLOSED, -outward)
     yield from let_go(hand, rotation, outward)
 
 
