@@ -57,9 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="level of the smooth noise on the actions, as demonstrations have it (default 0)",
     )
-    add(
-        "--out", type=Path, metavar="DIR", help="keep results in DIR/expert.json, continue them"
-    )
+    add("--out", type=Path, metavar="DIR", help="keep results in DIR/expert.json, continue them")
     add("--gifs", action="store_true", help="films in --out of a success and a failure per task")
     add("--workers", type=number(int, 1), default=2, help="simulators, 2.5 GB each (default 2)")
     return parser

@@ -70,6 +70,10 @@ def test_what_cannot_be_run_is_one_message(flags, message, capsys):
 
 
 def test_it_does_not_need_jax():
-    program = "import sys, experiments.expert, mbpo_jax.envs.workers.pool; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys, experiments.expert, mbpo_jax.envs.workers.pool; print('jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"

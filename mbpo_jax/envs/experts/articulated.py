@@ -1,5 +1,7 @@
 """The scripted expert's dealings with drawers, doors and knobs."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mbpo_jax.envs.experts.geometry import leaning, plan_grasp, yaw_along
@@ -82,8 +84,16 @@ def _contact(part: Part) -> np.ndarray:
 
 def turn_on(scene: Scene, name: str) -> Actions:
     """Grips a knob and turns the hand until the fixture is on."""
-    hand, part = scene.hand, scene.part(name)
-    points = part.points
+    yield from _turn(scene, scene.part(name), 1.0, lambda: scene.part(name).opening > 0.7)
+
+
+def turn_off(scene: Scene, name: str) -> Actions:
+    """Grips a knob and turns the hand until the fixture is off."""
+    yield from _turn(scene, scene.part(name), -1.0, lambda: scene.is_true("turnoff", name))
+
+
+def _turn(scene: Scene, part: Part, sense: float, done: Callable[[], bool]) -> Actions:
+    hand, points = scene.hand, part.points
     top = points[points[:, 2] > points[:, 2].max() - 0.025]
     grasp = plan_grasp(top, np.zeros((0, 3)))
     position = np.array([*grasp.position[:2], top[:, 2].max() - 0.012])
@@ -91,9 +101,9 @@ def turn_on(scene: Scene, name: str) -> Actions:
     yield from approach(hand, position, rotation, grasp.tolerance, 0.062)
     yield from close_fingers(hand, position, rotation)
     for step in range(60):
-        if part.opening > 0.7:
+        if done():
             break
-        turned = downward(grasp.yaw + min(1.4, 0.06 * (step + 1)))
+        turned = downward(grasp.yaw + sense * min(1.4, 0.06 * (step + 1)))
         yield hand.towards(position, turned, CLOSED)
     yield from let_go(hand, downward(yaw_of(hand.rotation)))
 

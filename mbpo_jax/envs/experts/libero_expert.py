@@ -1,18 +1,26 @@
 """A scripted expert for LIBERO that sees the simulator's state.
 
 It reads the goal's predicates and works through them: `in` and `on` by picking and placing from
-above, `turnon` by turning a knob, `open` by pulling at a handle, `close` by pushing.
+above, `turnon` and `turnoff` by turning a knob, `open` by pulling at a drawer's handle, `close` by
+pushing.
 """
 
 from collections.abc import Iterable
 
-from mbpo_jax.envs.experts.articulated import prepare, pull_open, push_shut, turn_on
+from mbpo_jax.envs.experts.articulated import (
+    prepare,
+    pull_open,
+    push_shut,
+    turn_off,
+    turn_on,
+)
 from mbpo_jax.envs.experts.motion import Actions
 from mbpo_jax.envs.experts.pick_place import move
 from mbpo_jax.envs.experts.scene import Scene
 from mbpo_jax.envs.sim.libero import LiberoEnv
 
-_SKILLS = {"open": pull_open, "turnon": turn_on, "close": push_shut}  # (scene, name) -> actions
+# (scene, name) -> actions
+_SKILLS = {"open": pull_open, "close": push_shut, "turnon": turn_on, "turnoff": turn_off}
 SUPPORTED_PREDICATES = ("in", "on", *_SKILLS)
 
 _PASSES = 3  # over the goal
@@ -24,6 +32,8 @@ def unsupported(goals: Iterable[tuple[str, ...]]) -> str:
         if goal[0] not in SUPPORTED_PREDICATES:
             known = ", ".join(SUPPORTED_PREDICATES)
             return f"cannot achieve {' '.join(goal)!r}: it knows the predicates {known}"
+        if goal[0] == "open" and not goal[1].endswith("_region"):
+            return f"cannot achieve {' '.join(goal)!r}: it opens drawers, but no doors"
     return ""
 
 

@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 
 from mbpo_jax.envs.experts.geometry import (
+    find_mouth,
+    leaning,
     opening_axis,
     plan_grasp,
+    plan_handle_grasp,
     plan_insertion,
     rotation_about_vertical,
+    yaw_along,
 )
+from mbpo_jax.envs.experts.motion import DOWN
 
 NOTHING = np.zeros((0, 3))
 
@@ -61,9 +66,75 @@ def test_a_box_is_turned_to_fit_a_slot():
         ]
     )
     shape = box((0.11, 0.03, 0.12), yaw=-0.3)
-    plan = plan_insertion(shape, -0.3, walls, np.zeros(3), np.array([0.025, 0.08, 0.05]))
+    half = np.array([0.025, 0.08, 0.05])
+    plan = plan_insertion(shape, NOTHING, -0.3, walls, 0.1, np.zeros(3), half)
     assert plan.yaw == pytest.approx(-np.pi / 2)  # the nearer of the two quarter turns
     np.testing.assert_allclose(plan.spot, [0, 0], atol=0.011)
     # Its lower end is let go 5 cm (at most) below the rim at 0.1, and travels 2.5 cm above it.
     assert plan.height - 0.06 == pytest.approx(0.05)
     assert plan.height - 0.06 + plan.lift == pytest.approx(0.125)
+
+
+def test_a_drawer_is_filled_where_the_hand_clears_what_is_above_it():
+    # The drawer's rim is at 0.1; over its back half (y > 0) the cabinet goes up to 0.4. Held by the
+    # side away from it, the object has room for a palm of 8 cm only from y = -0.04 - 0.012 on.
+    drawer = box((0.24, 0.2, 0.1), (0, 0, 0.05))
+    drawer = drawer[(drawer[:, 2] < 0.1) | (np.abs(drawer[:, :2]) > [0.119, 0.099]).any(axis=1)]
+    cabinet = box((0.24, 0.01, 0.3), (0, 0.005, 0.25))
+    shape, palm = box((0.04, 0.04, 0.06)), box((0.08, 0.08, 0.06), (0, 0, 0.1))
+    half = np.array([0.1, 0.08, 0.05])
+    walls = np.concatenate([drawer, cabinet])
+    plan = plan_insertion(shape, palm, 0.0, walls, 0.1, np.zeros(3), half)
+    assert plan.spot[1] == pytest.approx(-0.052, abs=0.007)  # a step of the search
+    assert plan.height == pytest.approx(0.1 - 0.03 + 0.03)  # its lower end 3 cm below the rim
+    alone = plan_insertion(shape, NOTHING, 0.0, walls, 0.1, np.zeros(3), half)
+    assert alone.spot[1] == pytest.approx(-0.032, abs=0.007)
+
+
+def oven(turned):
+    """A box that is open towards -y before it is turned, its middle 3 cm beside the region's."""
+    walls = np.concatenate(
+        [
+            box((0.01, 0.2, 0.2), (0.13, 0, 0)),
+            box((0.01, 0.2, 0.2), (-0.07, 0, 0)),
+            box((0.2, 0.01, 0.2), (0.03, 0.1, 0)),
+            box((0.2, 0.2, 0.01), (0.03, 0, 0.1)),
+            box((0.2, 0.2, 0.01), (0.03, 0, -0.1)),
+        ]
+    )
+    return walls @ rotation_about_vertical(turned).T
+
+
+@pytest.mark.parametrize("turned", [0.0, np.pi / 2, np.pi, -np.pi / 2])
+def test_the_mouth_of_a_covered_region_is_where_it_is_open(turned):
+    half, there = np.array([0.08, 0.08, 0.08]), np.array([0.5, 0.2, 1.0])
+    mouth = find_mouth(oven(turned) + there, there, half)
+    turn = rotation_about_vertical(turned)
+    np.testing.assert_allclose(mouth.outward, turn @ [0, -1, 0], atol=1e-9)
+    np.testing.assert_allclose(mouth.middle, there + turn @ [0.03, 0, 0], atol=1e-9)
+
+
+def test_a_region_that_is_open_above_has_no_mouth():
+    walls = oven(0.0)
+    assert find_mouth(walls[walls[:, 2] < 0.09], np.zeros(3), np.full(3, 0.08)) is None
+
+
+def test_a_mug_is_held_by_its_handle():
+    mug = np.concatenate([box((0.1, 0.1, 0.1)), box((0.02, 0.04, 0.06), (0.01, -0.07, 0.01))])
+    held = plan_handle_grasp(mug, np.array([0.0, -1.0, 0.0]))
+    np.testing.assert_allclose(held, [0.01, -0.09 + 0.015, 0.01], atol=1e-9)
+
+
+@pytest.mark.parametrize("angle", [-2.0, -0.4, 0.0, 0.4, 1.5, 3.0])
+def test_fingers_open_along_a_direction(angle):
+    direction = np.array([np.cos(angle), np.sin(angle), 0.0])
+    yaw = yaw_along(direction)
+    assert abs(yaw) <= np.pi / 2
+    assert abs(opening_axis(yaw) @ direction[:2]) == pytest.approx(1)
+
+
+def test_a_hand_that_leans_points_the_other_way():
+    towards = np.array([0.0, 1.0, 0.0])
+    pointing = leaning(DOWN, towards, 0.3)[:, 2]
+    np.testing.assert_allclose(pointing, [0, -np.sin(0.3), -np.cos(0.3)], atol=1e-9)
+    np.testing.assert_allclose(leaning(DOWN, towards, np.pi / 2)[:, 0], [0, 0, -1], atol=1e-9)

@@ -76,9 +76,16 @@ def test_a_failure_has_no_frames(book_env):
     assert episode.actions.shape == (0, 10, 7)
 
 
-def test_an_unknown_goal_is_refused(book_env, monkeypatch):
-    monkeypatch.setattr(book_env, "goals", [("close", "microwave_1")])
-    with pytest.raises(ValueError, match="cannot achieve 'close microwave_1'"):
+@pytest.mark.parametrize(
+    ("goal", "reason"),
+    [
+        (("folded", "shirt_1"), "cannot achieve 'folded shirt_1': it knows the predicates in, on"),
+        (("open", "microwave_1"), "cannot achieve 'open microwave_1': it opens drawers, but no"),
+    ],
+)
+def test_an_unknown_goal_is_refused(book_env, monkeypatch, goal, reason):
+    monkeypatch.setattr(book_env, "goals", [goal])
+    with pytest.raises(ValueError, match=reason):
         check_supported(book_env)
 
 
