@@ -7,6 +7,8 @@ import numpy as np
 
 _MESH, _SPHERE, _CAPSULE, _CYLINDER = 7, 2, 3, 5  # mjtGeom
 _GRIPPER_WIDTH = 0.0775  # widest thing that fits between the open fingers
+_WIDE = 0.065  # what is wider is better held otherwise than across all of it
+_HANDLE = 0.025  # how far a handle stands out at least
 _SPACING = 0.01  # of the points that stand for a surface
 
 
@@ -69,14 +71,19 @@ def plan_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int = 0) -> G
     """A grasp from above of the object with surface `points` [N, 3].
 
     Narrow objects are pinched across their least width, others by their rim on the side with most
-    room; the hand turns as little as that allows. `attempt` counts failed grasps: a rim grasp is
-    then tried elsewhere, a pinch deeper.
+    room, or by their handle if they are shut above; the hand turns as little as that allows.
+    `attempt` counts failed grasps: a rim grasp is then tried elsewhere, a pinch deeper.
     """
     low, high = points.min(axis=0), points.max(axis=0)
     height = high[2] - low[2]
     yaws = np.linspace(-np.pi / 2, np.pi / 2, 73)
     widths = np.array([np.ptp(_extent(points, yaw)) for yaw in yaws])
     best = np.argmin(widths + 0.01 * np.abs(yaws))
+    if widths[best] > _WIDE and attempt < 2 and _is_shut(points):
+        outward = _handle_direction(points)
+        if outward is not None:
+            held = plan_handle_grasp(points, outward)
+            return Grasp(held, yaw_along(np.cross(outward, [0.0, 0.0, 1.0])), 0.008)
     if widths[best] < _GRIPPER_WIDTH:
         yaw = float(yaws[best])
         centre = (low + high)[:2] / 2
@@ -89,6 +96,34 @@ def plan_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int = 0) -> G
     centre, yaw = _rim_grasp(points, obstacles, attempt)
     depth = min(0.025, 0.5 * height)
     return Grasp(np.array([*centre, max(high[2] - depth, low[2] + 0.008)]), yaw, 0.006)
+
+
+def _is_shut(points: np.ndarray) -> bool:
+    """Whether an object has something in its middle where one with a rim is hollow."""
+    middle = (points.min(axis=0) + points.max(axis=0))[:2] / 2
+    high = points[points[:, 2] > points[:, 2].max() - 0.03]
+    return bool((np.linalg.norm(high[:, :2] - middle, axis=1) < 0.03).any())
+
+
+def _handle_direction(points: np.ndarray) -> np.ndarray | None:
+    """The horizontal unit vector [3] along which something narrow stands out furthest."""
+    centre, best = points.mean(axis=0), (0.0, None)
+    for angle in np.arange(36) * np.pi / 18:
+        way = np.array([np.cos(angle), np.sin(angle), 0.0])
+        along = (points - centre) @ way
+        across = points[along > along.max() - _HANDLE] @ np.cross(way, [0.0, 0.0, 1.0])
+        if np.ptp(across) < 0.04 and along.max() > best[0]:
+            best = along.max(), way
+    return best[1]
+
+
+def plan_handle_grasp(points: np.ndarray, outward: np.ndarray) -> np.ndarray:
+    """Where [3] the fingertips hold an object with surface `points` [N, 3] by what stands out along
+    a horizontal unit vector [3], such as a mug's handle."""
+    along = points @ outward
+    handle = points[along > along.max() - _HANDLE]
+    middle = (handle.min(axis=0) + handle.max(axis=0)) / 2
+    return middle + outward * (along.max() - 0.015 - middle @ outward)
 
 
 def _rim_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int) -> tuple[np.ndarray, float]:
@@ -189,15 +224,6 @@ def _walls(
     reach = half[:2].max() + np.linalg.norm(part[:, :2], axis=1).max()
     walls = walls[np.linalg.norm(walls - centre[:2], axis=1) < reach + 0.02]
     return np.unique(np.round(walls, 3), axis=0)
-
-
-def plan_handle_grasp(points: np.ndarray, outward: np.ndarray) -> np.ndarray:
-    """Where [3] the fingertips hold an object with surface `points` [N, 3] by what stands out along
-    a horizontal unit vector [3], such as a mug's handle."""
-    along = points @ outward
-    handle = points[along > along.max() - 0.025]
-    middle = (handle.min(axis=0) + handle.max(axis=0)) / 2
-    return middle + outward * (along.max() - 0.015 - middle @ outward)
 
 
 @dataclasses.dataclass(frozen=True)

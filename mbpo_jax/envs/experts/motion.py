@@ -68,11 +68,28 @@ class Hand:
         return np.concatenate([step, turn, [gripper]])
 
 
+class Progress:
+    """Notices that a motion is held up."""
+
+    def __init__(self, patience: int = 15):
+        self._patience, self._best, self._since = patience, np.inf, 0
+
+    def ended(self, distance: float) -> bool:
+        """Whether a distance, told at every step, has not shrunk for so many steps."""
+        self._since += 1
+        if distance < self._best - 0.001:
+            self._best, self._since = distance, 0
+        return self._since >= self._patience
+
+
 def reach(hand: Hand, position: np.ndarray, rotation: np.ndarray, gripper: float) -> Actions:
-    """Roughly to a pose (position [3], rotation [3, 3]), on the way to somewhere else."""
+    """Roughly to a pose (position [3], rotation [3, 3]), on the way to somewhere else. Ends early
+    where it gets no nearer."""
+    progress = Progress()
     for _ in range(60):
         off = np.linalg.norm(position - hand.position)
-        if off < 0.03 and np.linalg.norm(hand.rotation_error(rotation)) < 0.3:
+        turned = np.linalg.norm(hand.rotation_error(rotation))
+        if (off < 0.03 and turned < 0.3) or progress.ended(off + 0.1 * turned):
             return
         yield hand.towards(position, rotation, gripper)
 
@@ -88,13 +105,16 @@ def approach(
 ) -> Actions:
     """To a pose (position [3], rotation [3, 3]) through a funnel along a unit vector [3], which by
     default is where the hand points: from up to `clearance` before it, and near only where well
-    centred and turned. `tolerance`: how near is near enough."""
+    centred and turned. `tolerance`: how near is near enough. Ends early where it gets no nearer."""
+    progress = Progress()
     along = rotation[:, 2] if along is None else along
     for _ in range(100):
         error = position - hand.position
         off_centre = np.linalg.norm(error - along * (error @ along))
         turned = np.linalg.norm(hand.rotation_error(rotation))
         if np.linalg.norm(error) < tolerance and turned < 0.15:
+            return
+        if progress.ended(np.linalg.norm(error) + 0.1 * turned):
             return
         back = np.clip(4 * (off_centre - tolerance) + 0.3 * max(turned - 0.15, 0), 0, 1)
         yield hand.towards(position - along * min(back, clearance), rotation, gripper)

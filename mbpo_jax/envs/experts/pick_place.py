@@ -21,6 +21,7 @@ from mbpo_jax.envs.experts.motion import (
     OPEN,
     UP,
     Actions,
+    Progress,
     approach,
     close_fingers,
     let_go,
@@ -100,7 +101,7 @@ def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
     name, hand = goal[1], scene.hand
     plan = _destination(scene, goal)
     rotation = downward(plan.yaw)
-    start = hand.position[2]
+    start, progress = hand.position[2], Progress()
     for _ in range(200):
         held = scene.position(name)
         error = np.array([*plan.spot, plan.height]) - held
@@ -108,6 +109,8 @@ def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
         if abs(error[2]) < 0.006 and off_centre < 0.02:
             break
         turned = np.linalg.norm(hand.rotation_error(rotation))
+        if progress.ended(np.linalg.norm(error) + 0.1 * turned):
+            break
         funnel = 3 * (off_centre - 0.01) + 0.2 * max(turned - 0.2, 0)
         error[2] += np.clip(funnel, 0, plan.lift)
         action = hand.towards(hand.position + error, rotation, CLOSED)
@@ -142,4 +145,15 @@ def _destination(scene: Scene, goal: tuple[str, ...]) -> Placement:
         surface = (points[near] if near.any() else points)[:, 2].max() + 0.008
     else:
         surface = centre[2] + 0.015
+        centre = centre + _share(scene, name, target, shape)
     return Placement(centre[:2], surface - shape[:, 2].min(), yaw, 0.05)
+
+
+def _share(scene: Scene, name: str, target: str, shape: np.ndarray) -> np.ndarray:
+    """How far [3] from the middle of a region an object goes, so that all that is to stand there
+    stands in a row along its narrower side."""
+    rivals = [goal[1] for goal in scene.env.goals if goal[0] == "on" and goal[2] == target]
+    axis = np.eye(3)[np.argmin(np.ptp(shape[:, :2], axis=0))]
+    rivals.sort(key=lambda rival: scene.position(rival) @ axis)
+    place = rivals.index(name) - (len(rivals) - 1) / 2
+    return axis * place * (np.ptp(shape @ axis) + 0.008)
