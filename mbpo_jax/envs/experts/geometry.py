@@ -7,6 +7,9 @@ import numpy as np
 
 _MESH, _SPHERE, _CAPSULE, _CYLINDER = 7, 2, 3, 5  # mjtGeom
 _GRIPPER_WIDTH = 0.0775  # widest thing that fits between the open fingers
+# Of the open hand: where its fingers are, half extents of a finger and of the palm across and along
+# it with 5 mm of room, and how high above the fingertips the palm begins.
+_OPENED, _FINGER, _PALM = 0.046, (0.012, 0.016), (0.105, 0.035, 0.035)
 _WIDE = 0.065  # what is wider is better held otherwise than across all of it
 _HANDLE = 0.025  # how far a handle stands out at least
 _SPACING = 0.01  # of the points that stand for a surface
@@ -76,26 +79,66 @@ def plan_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int = 0) -> G
     """
     low, high = points.min(axis=0), points.max(axis=0)
     height = high[2] - low[2]
-    yaws = np.linspace(-np.pi / 2, np.pi / 2, 73)
-    widths = np.array([np.ptp(_extent(points, yaw)) for yaw in yaws])
-    best = np.argmin(widths + 0.01 * np.abs(yaws))
-    if widths[best] > _WIDE and attempt < 2 and _is_shut(points):
+    middle = (low + high)[:2] / 2
+    near = obstacles[np.linalg.norm(obstacles[:, :2] - middle, axis=1) < 0.25]
+    least, centre, yaw = _pinch(points, near)
+    if least > _WIDE and attempt < 2 and _is_shut(points):
         outward = _handle_direction(points)
         if outward is not None:
             held = plan_handle_grasp(points, outward)
             return Grasp(held, yaw_along(np.cross(outward, [0.0, 0.0, 1.0])), 0.008)
-    if widths[best] < _GRIPPER_WIDTH:
-        yaw = float(yaws[best])
-        centre = (low + high)[:2] / 2
-        axis = opening_axis(yaw)
-        centre = centre + axis * (sum(_extent(points, yaw)) / 2 - centre @ axis)
+    if least < _GRIPPER_WIDTH:
         depth = min(0.03 + 0.01 * attempt, 0.5 * height)
-        slack = (_GRIPPER_WIDTH - widths[best]) / 2
+        slack = (_GRIPPER_WIDTH - least) / 2
         height = max(high[2] - depth, low[2] + 0.008)
         return Grasp(np.array([*centre, height]), yaw, float(np.clip(slack / 2, 0.006, 0.012)))
-    centre, yaw = _rim_grasp(points, obstacles, attempt)
     depth = min(0.025, 0.5 * height)
-    return Grasp(np.array([*centre, max(high[2] - depth, low[2] + 0.008)]), yaw, 0.006)
+    height = max(high[2] - depth, low[2] + 0.008)
+    centre, yaw = _rim_grasp(points, near, height, attempt)
+    return Grasp(np.array([*centre, height]), yaw, 0.006)
+
+
+def highest_between(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
+    """The greatest height of points [N, 3] that a hand passes on its straight way between two
+    places [2], -inf if there are none."""
+    way = end - start
+    share = (points[:, :2] - start) @ way / max(way @ way, 1e-9)
+    nearest = start + np.clip(share, 0, 1)[:, None] * way
+    passed = np.linalg.norm(points[:, :2] - nearest, axis=1) < 0.08
+    return points[passed, 2].max(initial=-np.inf)
+
+
+def _pinch(points: np.ndarray, obstacles: np.ndarray) -> tuple[float, np.ndarray, float]:
+    """Width, centre [2] and yaw of the best pinch: across the least width, with little turning, and
+    where the hand finds no obstacles, then in the middle of the object."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    height = high[2] - min(0.03, 0.5 * (high[2] - low[2]))
+    choices = []
+    for yaw in np.linspace(-np.pi / 2, np.pi / 2, 73):
+        axis, along = opening_axis(yaw), opening_axis(yaw - np.pi / 2)
+        ends = _extent(points, yaw)
+        width, length = np.ptp(ends), np.ptp(points[:, :2] @ along)
+        centre = (low + high)[:2] / 2
+        centre = centre + axis * (sum(ends) / 2 - centre @ axis)
+        for shift in (0.0, -0.25, 0.25) if width < _GRIPPER_WIDTH else (0.0,):
+            spot = centre + along * shift * length
+            cost = width + 0.01 * abs(yaw) + 0.2 * abs(shift * length)
+            if width < _GRIPPER_WIDTH:
+                cost += 5 * _crowding(obstacles, spot, height, yaw)
+            choices.append((cost, width, spot, float(yaw)))
+    return min(choices, key=lambda choice: choice[0])[1:]
+
+
+def _crowding(obstacles: np.ndarray, centre: np.ndarray, height: float, yaw: float) -> float:
+    """How deep obstacles [N, 3] reach into an open hand whose fingertips are at a centre [2] and
+    height."""
+    offset = obstacles - [*centre, height]
+    across = offset[:, :2] @ opening_axis(yaw)
+    along = np.abs(offset[:, :2] @ opening_axis(yaw - np.pi / 2))
+    finger = np.minimum(_FINGER[0] - np.abs(np.abs(across) - _OPENED), _FINGER[1] - along)
+    palm = np.minimum(_PALM[0] - np.abs(across), _PALM[1] - along)
+    depths = (finger[offset[:, 2] > -0.015], palm[offset[:, 2] > _PALM[2]])
+    return float(sum(depth.max(initial=0.0) for depth in depths))
 
 
 def _is_shut(points: np.ndarray) -> bool:
@@ -126,7 +169,9 @@ def plan_handle_grasp(points: np.ndarray, outward: np.ndarray) -> np.ndarray:
     return middle + outward * (along.max() - 0.015 - middle @ outward)
 
 
-def _rim_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int) -> tuple[np.ndarray, float]:
+def _rim_grasp(
+    points: np.ndarray, obstacles: np.ndarray, height: float, attempt: int
+) -> tuple[np.ndarray, float]:
     middle = (points.min(axis=0) + points.max(axis=0))[:2] / 2
     top = points[points[:, 2] > points[:, 2].max() - 0.02]
     tall = obstacles[obstacles[:, 2] > points[:, 2].max() - 0.05]
@@ -137,8 +182,9 @@ def _rim_grasp(points: np.ndarray, obstacles: np.ndarray, attempt: int) -> tuple
             radius = (top[:, :2] @ axis).max() - middle @ axis
             finger = middle + axis * (radius + 0.03)
             room = np.linalg.norm(tall[:, :2] - finger, axis=1).min() if len(tall) else 1.0
-            cost = 0.02 * abs(yaw) - min(room, 0.06)
-            choices.append((cost, yaw, middle + axis * (radius - 0.008)))
+            spot = middle + axis * (radius - 0.008)
+            cost = 0.02 * abs(yaw) - min(room, 0.06) + 5 * _crowding(obstacles, spot, height, yaw)
+            choices.append((cost, yaw, spot))
     choices.sort(key=lambda choice: choice[0])
     _, yaw, centre = choices[attempt % len(choices)]
     return centre, float(yaw)

@@ -8,6 +8,7 @@ from mbpo_jax.envs.experts.geometry import (
     Mouth,
     Placement,
     find_mouth,
+    highest_between,
     leaning,
     plan_grasp,
     plan_handle_grasp,
@@ -83,12 +84,14 @@ def pick(scene: Scene, name: str) -> Actions:
     hand = scene.hand
     for attempt in range(ATTEMPTS):
         height = scene.position(name)[2]
-        grasp = plan_grasp(scene.points(name), scene.obstacles(name), attempt)
+        obstacles = scene.obstacles(name)
+        grasp = plan_grasp(scene.points(name), obstacles, attempt)
         rotation, low = downward(grasp.yaw), grasp.position[2]
         top = scene.points(name)[:, 2].max()
         if attempt:
             yield from retreat(hand, UP, top + 0.10 - hand.position[2], rotation, OPEN)
-        clearance = max(top + 0.03 - low, 0) + 0.02
+        between = highest_between(obstacles, hand.position[:2], grasp.position[:2])
+        clearance = max(top + 0.03 - low, between + 0.01 - low, 0) + 0.02
         yield from approach(hand, grasp.position, rotation, grasp.tolerance, clearance)
         yield from close_fingers(hand, grasp.position, rotation)
         yield from retreat(hand, UP, low + 0.04 - hand.position[2], rotation, CLOSED)
