@@ -16,6 +16,7 @@ from mbpo_jax.envs.experts.geometry import (
 from mbpo_jax.envs.experts.motion import DOWN
 
 NOTHING = np.zeros((0, 3))
+ABOVE = np.array([[0.0, 0.0, 1.0]])  # a palm that touches nothing
 
 
 def box(size, centre=(0.0, 0.0, 0.0), yaw=0.0):
@@ -67,7 +68,7 @@ def test_a_box_is_turned_to_fit_a_slot():
     )
     shape = box((0.11, 0.03, 0.12), yaw=-0.3)
     half = np.array([0.025, 0.08, 0.05])
-    plan = plan_insertion(shape, NOTHING, -0.3, walls, 0.1, np.zeros(3), half)
+    plan = plan_insertion(shape, ABOVE, -0.3, walls, 0.1, np.zeros(3), half)
     assert plan.yaw == pytest.approx(-np.pi / 2)  # the nearer of the two quarter turns
     np.testing.assert_allclose(plan.spot, [0, 0], atol=0.011)
     # Its lower end is let go 5 cm (at most) below the rim at 0.1, and travels 2.5 cm above it.
@@ -87,7 +88,7 @@ def test_a_drawer_is_filled_where_the_hand_clears_what_is_above_it():
     plan = plan_insertion(shape, palm, 0.0, walls, 0.1, np.zeros(3), half)
     assert plan.spot[1] == pytest.approx(-0.052, abs=0.007)  # a step of the search
     assert plan.height == pytest.approx(0.1 - 0.03 + 0.03)  # its lower end 3 cm below the rim
-    alone = plan_insertion(shape, NOTHING, 0.0, walls, 0.1, np.zeros(3), half)
+    alone = plan_insertion(shape, ABOVE, 0.0, walls, 0.1, np.zeros(3), half)
     assert alone.spot[1] == pytest.approx(-0.032, abs=0.007)
 
 
@@ -107,7 +108,7 @@ def oven(turned):
 
 @pytest.mark.parametrize("turned", [0.0, np.pi / 2, np.pi, -np.pi / 2])
 def test_the_mouth_of_a_covered_region_is_where_it_is_open(turned):
-    half, there = np.array([0.08, 0.08, 0.08]), np.array([0.5, 0.2, 1.0])
+    half, there = np.array([0.14, 0.14, 0.08]), np.array([0.5, 0.2, 1.0])
     mouth = find_mouth(oven(turned) + there, there, half)
     turn = rotation_about_vertical(turned)
     np.testing.assert_allclose(mouth.outward, turn @ [0, -1, 0], atol=1e-9)
