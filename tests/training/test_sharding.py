@@ -1,7 +1,6 @@
 """Any mesh computes what one device computes."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
