@@ -3,8 +3,8 @@
 Variants, chosen as `--config=configs/libero_long.py:NAME`:
 
     tiny    2 CPU cores, some minutes. One of everything, untrained: for tests of the machinery.
-    micro   2 CPU cores, 24 GiB, about an hour. Task 5, everything from scratch; seed 0 solved 100
-            of 150 episodes before policy optimisation and 114 after it (docs/results.md).
+    micro   2 CPU cores, 24 GiB, about an hour. Task 5, everything from scratch; two seeds solved
+            267 of 400 episodes before policy optimisation and 292 after it (docs/results.md).
     small   one GPU, some hours. All ten tasks from scratch; never run as a whole.
     paper   8 x H100, some hours by the bounds of `experiments.plan`; never run. Public π0.5 and
             BAGEL checkpoints by path (`--config.pretrained.policy=DIR
