@@ -162,8 +162,8 @@ def _run_suite(
             act = actor_of(config.suite, config.tasks)
             for result in run_requests(pool, act, requests, path, label(config.suite)):
                 if result.video is not None:
-                    path = _video(directory, result.request)
-                    write_video(result.video, path, config.robot.control_hz)
+                    film = _video(directory, result.request)
+                    write_video(result.video, film, config.robot.control_hz)
     by_start = {start_of(record): record for record in read_metrics(path)}
     return [by_start[start] for start in starts]
 
