@@ -75,6 +75,12 @@ class LiberoEnv(RobosuiteEnv):
             )
 
     def _restart(self, seed: int | None, init_state_id: int | None) -> None:
+        # LIBERO takes a place on a stove or in a drawer, relative to it, from where that place is
+        # in a model just built: with the fixture at the origin.
+        model = self.simulation.sim.model
+        for fixture in self.simulation.fixtures_dict.values():
+            body = model.body_name2id(fixture.root_body)
+            model.body_pos[body], model.body_quat[body] = 0, (1, 0, 0, 0)
         # A shipped state holds no fixture poses and no null-space posture of the arm: these are
         # drawn too, from the state's number.
         with numpy_seeded(seed if init_state_id is None else init_state_id):

@@ -98,6 +98,21 @@ def test_objects_rest_in_other_scenes(book_env, suite):
         np.testing.assert_array_equal(frame, before[camera])
 
 
+def test_what_starts_on_a_fixture_is_there_after_every_reset():
+    env = LiberoEnv("libero_spatial", 7, cameras=(), image_size=8)  # a bowl on the stove
+    try:
+        burner, bowl = "flat_stove_1_cook_region", "akita_black_bowl_1"
+        body = env.simulation.obj_body_id[bowl]
+        for seed in (0, 1):
+            env.reset(seed=seed)
+            spot = env.simulation.sim.data.get_site_xpos(burner)
+            # The region of the BDDL file is a square of 2 cm around the burner's middle.
+            assert np.abs(env.data.xpos[body] - spot)[:2].max() < 0.03
+            assert 0 < env.data.xpos[body][2] - spot[2] < 0.05
+    finally:
+        env.close()
+
+
 def test_images_are_what_they_should_be(book_env):
     book_env.reset(seed=0)
     images, proprio = book_env.observe()
