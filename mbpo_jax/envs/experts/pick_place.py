@@ -105,6 +105,8 @@ def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
     plan = _destination(scene, goal)
     rotation = downward(plan.yaw)
     start, progress = hand.position[2], Progress()
+    # It goes down only near its place, also from a cabinet to the table.
+    lift = max(plan.lift, plan.climb + scene.position(name)[2] - plan.height)
     for _ in range(200):
         held = scene.position(name)
         error = np.array([*plan.spot, plan.height]) - held
@@ -115,7 +117,7 @@ def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
         if progress.ended(np.linalg.norm(error) + 0.1 * turned):
             break
         funnel = 3 * (off_centre - 0.01) + 0.2 * max(turned - 0.2, 0)
-        error[2] += np.clip(funnel, 0, plan.lift)
+        error[2] += np.clip(funnel, 0, lift)
         action = hand.towards(hand.position + error, rotation, CLOSED)
         # Neighbours of the object are passed only once it is above them.
         risen = np.clip((hand.position[2] - start - plan.climb) / 0.04 + 1, 0, 1)
@@ -149,7 +151,10 @@ def _destination(scene: Scene, goal: tuple[str, ...]) -> Placement:
     else:
         surface = centre[2] + 0.015
         centre = centre + _share(scene, name, target, shape)
-    return Placement(centre[:2], surface - shape[:, 2].min(), yaw, 0.05)
+    held = scene.position(name)
+    between = highest_between(scene.obstacles(name), held[:2], centre[:2])
+    climb = max(between + 0.02 - shape[:, 2].min() - held[2], 0.04)
+    return Placement(centre[:2], surface - shape[:, 2].min(), yaw, 0.05, climb)
 
 
 def _share(scene: Scene, name: str, target: str, shape: np.ndarray) -> np.ndarray:
