@@ -114,7 +114,9 @@ def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
         if abs(error[2]) < 0.006 and off_centre < 0.02:
             break
         turned = np.linalg.norm(hand.rotation_error(rotation))
-        if progress.ended(np.linalg.norm(error) + 0.1 * turned):
+        # Rising leads away from a place below: it counts double what is left of it.
+        to_rise = max(start + plan.climb - hand.position[2], 0) if off_centre > 0.05 else 0.0
+        if progress.ended(np.linalg.norm(error) + 0.1 * turned + 2 * to_rise):
             break
         funnel = 3 * (off_centre - 0.01) + 0.2 * max(turned - 0.2, 0)
         error[2] += np.clip(funnel, 0, lift)
