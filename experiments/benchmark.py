@@ -32,7 +32,7 @@ import jax
 
 from experiments.arguments import number, numbers
 
-VARIANTS = ("tiny", "micro", "small", "paper")
+VARIANTS = ("tiny", "micro", "mini", "small", "paper")
 SIZES = {  # of each target: those there are, and the default
     "policy": (("tiny", "small", "pi05"), "tiny,small"),
     "world_model": (("tiny", "small", "bagel"), "tiny,small"),

@@ -14,7 +14,6 @@ it how the error of the world model grows, with the length that the theory recom
 
 import json
 import math
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +24,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
-
-SHARED_STAGES = ("demonstrations", "sft", "rollouts", "world_model", "value")
+from experiments.shared_stages import optimize_each
 
 
 def with_branches(config: ml_collections.ConfigDict, length: str) -> ml_collections.ConfigDict:
@@ -56,39 +54,22 @@ def run(
 ) -> dict:
     """All runs; returns "lengths", length -> pooled successes, and "world_models", their error
     curves."""
-    from mbpo_jax import pipeline
     from mbpo_jax.stages.limits import check_config
 
     check_config(config)
-    variants = {length: with_branches(config, length) for length in lengths}
+    for length in lengths:
+        with_branches(config, length)
     root.mkdir(parents=True, exist_ok=True)
     evaluated: dict[str, list[dict]] = {length: [] for length in lengths}
     curves = []
     for seed in seeds:
-        base = root / f"seed{seed}"
         seeded = ml_collections.ConfigDict(config.to_dict() | {"seed": seed}).lock()
-        done = pipeline.run(seeded, base, SHARED_STAGES)
-        curves.append(done.summary("world_model")["horizon"])
-        for length in lengths:
-            directory = root / f"seed{seed}_{length}"
-            directory.mkdir(exist_ok=True)
-            for stage in SHARED_STAGES:
-                if not (directory / stage).exists():
-                    (directory / stage).symlink_to((base / stage).absolute())
-            _reuse_fine_tuned(root, seed, directory)
-            own = ml_collections.ConfigDict(variants[length].to_dict() | {"seed": seed}).lock()
-            done = pipeline.run(own, directory, ("improve", "evaluate"))
-            evaluated[length].append(done.summary("evaluate"))
+        variants = {length: with_branches(seeded, length) for length in lengths}
+        world_model, evaluations = optimize_each(root / f"seed{seed}", seeded, variants)
+        curves.append(world_model["horizon"])
+        for length, summary in evaluations.items():
+            evaluated[length].append(summary)
     return {"lengths": {n: pooled(parts) for n, parts in evaluated.items()}, "curves": curves}
-
-
-def _reuse_fine_tuned(root: Path, seed: int, directory: Path) -> None:
-    """The fine-tuned policy's episodes are the same for every length."""
-    target = directory / "evaluate" / "episodes_sft.jsonl"
-    for other in sorted(root.glob(f"seed{seed}_*/evaluate/done.json")):
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy(other.with_name("episodes_sft.jsonl"), target)
 
 
 def pooled(parts: Sequence[Mapping]) -> dict:

@@ -29,7 +29,7 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
         config_flag = config_flags.DEFINE_config_file(
             "config",
             str(CONFIG_DIRECTORY / f"{name}.py:micro"),
-            f"configs/{name}.py:VARIANT (tiny, micro, small or paper). Any entry can be "
+            f"configs/{name}.py:VARIANT (tiny, micro, mini, small or paper). Any entry can be "
             "overridden: --config.rl.branch_chunks=1",
         )
         workdir = flags.DEFINE_string(

@@ -1,0 +1,44 @@
+"""Several ways to optimise one fine-tuned policy, each a working directory beside the run whose
+early stages they share: BASE/ and BASE_NAME/."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_collections
+
+SHARED_STAGES = ("demonstrations", "sft", "rollouts", "world_model", "value")
+
+
+def optimize_each(
+    base: Path, config: ml_collections.ConfigDict, variants: Mapping[str, ml_collections.ConfigDict]
+) -> tuple[dict, dict[str, dict]]:
+    """Runs what is missing of the shared stages with `config`, then of policy optimisation and
+    evaluation with each variant.
+
+    Returns:
+        the world model's summary, and name -> the evaluation's.
+    """
+    from mbpo_jax import pipeline
+
+    world_model = pipeline.run(config, base, SHARED_STAGES).summary("world_model")
+    evaluations = {}
+    for name, variant in variants.items():
+        directory = base.with_name(f"{base.name}_{name}")
+        directory.mkdir(exist_ok=True)
+        for stage in SHARED_STAGES:
+            if not (directory / stage).exists():
+                (directory / stage).symlink_to((base / stage).absolute())
+        _reuse_fine_tuned(base, directory)
+        done = pipeline.run(variant, directory, ("improve", "evaluate"))
+        evaluations[name] = done.summary("evaluate")
+    return world_model, evaluations
+
+
+def _reuse_fine_tuned(base: Path, directory: Path) -> None:
+    """The fine-tuned policy's episodes are the same for every variant."""
+    target = directory / "evaluate" / "episodes_sft.jsonl"
+    for other in sorted(base.parent.glob(f"{base.name}_*/evaluate/done.json")):
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(other.with_name("episodes_sft.jsonl"), target)
