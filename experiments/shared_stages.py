@@ -14,7 +14,7 @@ def optimize_each(
     base: Path, config: ml_collections.ConfigDict, variants: Mapping[str, ml_collections.ConfigDict]
 ) -> tuple[dict, dict[str, dict]]:
     """Runs what is missing of the shared stages with `config`, then of policy optimisation and
-    evaluation with each variant.
+    evaluation with each variant. The improved policy acts as it is, without choosing among chunks.
 
     Returns:
         the world model's summary, and name -> the evaluation's.
@@ -30,7 +30,9 @@ def optimize_each(
             if not (directory / stage).exists():
                 (directory / stage).symlink_to((base / stage).absolute())
         _reuse_fine_tuned(base, directory)
-        done = pipeline.run(variant, directory, ("improve", "evaluate"))
+        variant = ml_collections.ConfigDict(variant.to_dict())
+        variant.evaluation.best_of = 1
+        done = pipeline.run(variant.lock(), directory, ("improve", "evaluate"))
         evaluations[name] = done.summary("evaluate")
     return world_model, evaluations
 

@@ -194,13 +194,8 @@ def _collated(source: Source, wanted: int) -> Transition:
 # autoencoder, with the same steps and batches.
 
 
-def _fresh(study: Study, world: UMMWorld) -> Params:
-    params = world.init(jax.random.key(stream(study.config.seed, "world_model_init")))
-    return params | {k: study.params[k] for k in ("vae", "statistics") if k in study.params}
-
-
 def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> Params:
-    params = _fresh(study, world)
+    params = _fresh(config, world, study.params)
     sources = transitions(study.train, study.builder, world.chunk)
     if world.chunk != study.world.chunk:
         some = _collated(sources, FIDELITY_TRANSITIONS)
@@ -208,6 +203,22 @@ def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> 
             config, world, params, some, study.train, sources
         )
     return train_dynamics(config, world, params, sources, study.train, directory)
+
+
+def _fresh(config: Config, world: UMMWorld, trained: Params) -> Params:
+    params = world.init(jax.random.key(stream(config.seed, "world_model_init")))
+    return params | {k: trained[k] for k in ("vae", "statistics") if k in trained}
+
+
+def separate_reward_params(
+    config: Config, world: UMMWorld, trained: Params, train: list[Episode], directory: Path
+) -> Params:
+    """A model that learns the reward alone, around the autoencoder and the statistics of a
+    `trained` one."""
+    config = _changed(config, lambda c: c.world_model.update(dynamics_weight=0.0))
+    sources = transitions(train, observation_builder(config), config.chunk)
+    params = _fresh(config, world, trained)
+    return train_dynamics(config, world, params, sources, train, directory)
 
 
 def _changed(config: Config, change: Callable[[Config], None]) -> Config:
@@ -242,11 +253,12 @@ def _frame_by_frame(study: Study, directory: Path) -> Contender:
 def _separate_reward(study: Study, directory: Path) -> Contender:
     """Dynamics and reward each by a model of its own."""
     dynamics = _changed(study.config, lambda c: c.world_model.update(reward_weight=0.0))
-    reward = _changed(study.config, lambda c: c.world_model.update(dynamics_weight=0.0))
     return Contender(
         study.world,
         _trained(study, dynamics, study.world, directory / "dynamics"),
-        _trained(study, reward, study.world, directory / "reward"),
+        separate_reward_params(
+            study.config, study.world, study.params, study.train, directory / "reward"
+        ),
     )
 
 

@@ -1,0 +1,1 @@
+"""Models that say whether a task is done, on the same held-out frames."""
