@@ -14,7 +14,6 @@ it how the error of the world model grows, with the length that the theory recom
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
-from experiments.shared_stages import optimize_each
+from experiments.shared_stages import continued, optimize_each
 
 
 def with_branches(config: ml_collections.ConfigDict, length: str) -> ml_collections.ConfigDict:
@@ -191,25 +190,14 @@ def main() -> None:
 def compare(
     config: ml_collections.ConfigDict, root: Path, lengths: Sequence[str], seeds: Sequence[str]
 ) -> None:
-    """`run`, then the table and the picture; what the user can mend is one message."""
-    from mbpo_jax.envs.workers.pool import WorkerError
-    from mbpo_jax.stages.workspace import StageError
-    from mbpo_jax.training.interruption import Interrupted, interruptible
-
-    try:
-        with interruptible(f"stopped by SIGTERM; the same command continues in {root}"):
-            results = run(config, root, lengths, [int(seed) for seed in seeds])
+    """`run`, then the table and the picture."""
+    with continued(root):
+        results = run(config, root, lengths, [int(seed) for seed in seeds])
         results["recommended"] = recommended(config, results["curves"])
         (root / "branch_length.json").write_text(json.dumps(results, indent=1))
         draw(results, config.cameras, root / "branch_length.png")
         print(table(results))
         print(root / "branch_length.png")
-    except (StageError, WorkerError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Interrupted as stop:
-        print(f"{stop.message}; the same command continues in {root}", flush=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Several ways to optimise one fine-tuned policy, each a working directory beside the run whose
 early stages they share: BASE/ and BASE_NAME/."""
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_collections
@@ -44,3 +46,23 @@ def _reuse_fine_tuned(base: Path, directory: Path) -> None:
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
             shutil.copy(other.with_name("episodes_sft.jsonl"), target)
+
+
+@contextlib.contextmanager
+def continued(root: Path) -> Iterator[None]:
+    """What the user can mend is one message and exit status 1; after SIGTERM the command says that
+    it continues in `root`."""
+    from mbpo_jax.envs.workers.pool import WorkerError
+    from mbpo_jax.stages.workspace import StageError
+    from mbpo_jax.training.interruption import Interrupted, interruptible
+
+    goes_on = f"the same command continues in {root}"
+    try:
+        with interruptible(f"stopped by SIGTERM; {goes_on}"):
+            yield
+    except Interrupted as stop:
+        print(f"{stop.message}; {goes_on}", flush=True)
+        raise
+    except (StageError, WorkerError, ValueError, ImportError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -13,7 +13,6 @@ each entry, and where another value is better than the shared one (exact McNemar
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ml_collections import config_flags
 
 from experiments.branch_length import with_branches
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
-from experiments.shared_stages import optimize_each
+from experiments.shared_stages import continued, optimize_each
 
 ENTRIES = (
     "actor_lr",
@@ -252,26 +251,19 @@ def main() -> None:
 def measure(
     config: ml_collections.ConfigDict, root: Path, tasks: Sequence[str], names: Sequence[str]
 ) -> None:
-    """`run`, then the page; what the user can mend is one message."""
-    from mbpo_jax.envs.workers.pool import WorkerError
-    from mbpo_jax.stages.workspace import StageError
-    from mbpo_jax.training.interruption import Interrupted, interruptible
+    """`run`, then the page.
 
-    try:
+    Raises:
+        SystemExit: with one message, for what the user can mend.
+    """
+    with continued(root):
         entries = entries_of(config, names)
         if len(set(tasks)) < len(tasks) or not all(task.isdecimal() for task in tasks):
             raise ValueError(f"--tasks={','.join(tasks)}: give numbers of tasks, each once")
-        with interruptible(f"stopped by SIGTERM; the same command continues in {root}"):
-            results = run(config, root, [int(task) for task in tasks], entries)
+        results = run(config, root, [int(task) for task in tasks], entries)
         (root / "stability.json").write_text(json.dumps(results, indent=1))
         (root / "stability.html").write_text(page(config, results, entries))
         print(root / "stability.html")
-    except (StageError, WorkerError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Interrupted as stop:
-        print(f"{stop.message}; the same command continues in {root}", flush=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ continues; what is finished is not run again, so methods and seeds may be added.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ml_collections import config_flags
 from experiments.compare import DEFAULT, DESCRIPTIONS
 from experiments.compare.settings import get_settings
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
+from experiments.shared_stages import continued
 
 
 def seeds_of(values: Sequence[str]) -> list[int]:
@@ -53,12 +53,8 @@ def compare(
     numbers = seeds_of(seeds)
     from experiments.compare import report, runs  # after the seeds, so that a typo is told at once
     from experiments.compare.methods import check_budgets, chosen
-    from mbpo_jax.envs.workers.pool import WorkerError
-    from mbpo_jax.stages.workspace import StageError
-    from mbpo_jax.training.interruption import Interrupted, interruptible
 
-    goes_on = f"the same command continues in {root}"
-    try:
+    with continued(root):
         methods = chosen(names)
         whole = runs.merged(config, settings)
         budget = check_budgets(whole, methods)
@@ -70,14 +66,7 @@ def compare(
             print(report.plain(report.table(results)))
             print(root / "compare.html", flush=True)
 
-        with interruptible(f"stopped by SIGTERM; {goes_on}"):
-            runs.run(whole, root, methods, numbers, write)
-    except Interrupted as stop:
-        print(f"{stop.message}; {goes_on}", flush=True)
-        raise
-    except (StageError, WorkerError, ValueError, ImportError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        runs.run(whole, root, methods, numbers, write)
 
 
 def main() -> None:
