@@ -11,10 +11,10 @@ import numpy as np
 
 # How far a surface may move, in metres. A pixel of a 64-pixel head view is 13 mm on the table; a
 # camera in the hand comes within 10 cm of the objects and of its gripper.
-_ERROR, _FAR_ERROR = 5e-4, 3e-3
+_ERROR, _FAR_ERROR = 7e-4, 4e-3
 _FAR_BODIES = ("world", "robot", "mount")  # room, arm, pedestal; beginnings of the bodies' names
 _LEVELS = 3  # the widest cell is 2**3 errors
-_SMOOTH = 0.9  # cosine to the mean normal above which vertices may be merged in the wider cells
+_SMOOTH = 0.85  # cosine to the mean normal above which vertices may be merged in the wider cells
 _SAME_POSITION = 1e-5  # metres
 _FEW = 100  # faces of a mesh that is left as it is
 _MESH, _DRAWN_GROUPS = 7, (1, 2)  # mjGEOM_MESH; robosuite draws these groups
