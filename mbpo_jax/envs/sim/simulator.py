@@ -21,7 +21,7 @@ import numpy as np
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.sim import rendering
 from mbpo_jax.envs.sim.culling import FrustumCulling
-from mbpo_jax.envs.sim.decimation import MeshDetail
+from mbpo_jax.envs.sim.level_of_detail import LevelOfDetail
 
 MUJOCO_VERSION = "3.3.7"
 
@@ -31,8 +31,8 @@ ACTIONS_PER_ARM = len(_NOOP)
 STATES_PER_ARM = 8
 # Jitter on an expert's actions: less on rotations, none on the gripper.
 _JITTER_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
-# Frames up to this size are drawn of coarser meshes, at twice their size, and averaged (less
-# aliasing). Larger ones are exact.
+# Frames up to this size are drawn with less detail, at three times their size, and averaged. In
+# full it is twice their size, of four samples a pixel: both against aliasing. Larger ones are exact.
 SMALL_FRAME = 128
 
 
@@ -95,7 +95,7 @@ class RobosuiteEnv(abc.ABC):
             if camera not in known:
                 raise ValueError(f"no camera {camera!r} in {suite}; there are {', '.join(known)}")
         self.culling = FrustumCulling(self.model, self.data)
-        self.detail = MeshDetail(self.model)
+        self.detail = LevelOfDetail(self.model)
         self.arms = [
             Arm(
                 robot.eef_site_id,
@@ -281,14 +281,13 @@ class RobosuiteEnv(abc.ABC):
     def _render(self, size: int) -> dict[str, np.ndarray]:
         self._make_current()
         self._show_state()
-        context = self.simulation.sim._render_context_offscreen.con
-        self.detail.apply(context, reduced=size <= SMALL_FRAME)
+        self.detail.apply(self.simulation.sim._render_context_offscreen, size <= SMALL_FRAME)
         return {camera: self._frame(camera, size) for camera in self.cameras}
 
     def _frame(self, camera: str, size: int) -> np.ndarray:
         import cv2
 
-        factor = 2 if size <= SMALL_FRAME else 1
+        factor = 1 if size > SMALL_FRAME else 3 if self.detail.enabled else 2
         sim = self.simulation.sim
         self.culling.apply(sim.model.camera_name2id(camera))
         frame = sim.render(camera_name=camera, width=size * factor, height=size * factor)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.sim.decimation import decimate
+from mbpo_jax.envs.sim.level_of_detail import decimate
 from mbpo_jax.envs.sim.libero import LiberoEnv
 
 

@@ -1,20 +1,22 @@
-"""Coarser meshes for small frames.
+"""Less detail for small frames: coarser meshes, one sample a pixel.
 
-A software renderer's time goes into vertices: LIBERO's scenes have 300,000 faces, most of them
-smaller than a pixel of a frame of 64 or 128. Merging vertices of a smooth surface takes most of
-them away. Only what the renderer holds is replaced: the model, and with it physics, stays.
+A software renderer's time goes into setting up triangles, twice as long with several samples a
+pixel. LIBERO's scenes have 300,000, most of them smaller than a pixel of a frame of 64 or 128.
+Only what the renderer holds is replaced: the model, and with it physics, stays.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 # How far a surface may move, in metres. A pixel of a 64-pixel head view is 13 mm on the table; a
 # camera in the hand comes within 10 cm of the objects and of its gripper.
-_ERROR, _FAR_ERROR = 7e-4, 4e-3
+_ERROR, _FAR_ERROR = 5e-4, 2e-3
 _FAR_BODIES = ("world", "robot", "mount")  # room, arm, pedestal; beginnings of the bodies' names
 _LEVELS = 3  # the widest cell is 2**3 errors
-_SMOOTH = 0.85  # cosine to the mean normal above which vertices may be merged in the wider cells
+_SMOOTH = 0.9  # cosine to the mean normal above which vertices may be merged in the wider cells
 _SAME_POSITION = 1e-5  # metres
 _FEW = 100  # faces of a mesh that is left as it is
 _MESH, _DRAWN_GROUPS = 7, (1, 2)  # mjGEOM_MESH; robosuite draws these groups
@@ -79,8 +81,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
 
 
-class MeshDetail:
-    """Gives a renderer a model's meshes in full or decimated; in full while `enabled` is False."""
+class LevelOfDetail:
+    """Gives a renderer a model in full or with less detail; in full while `enabled` is False."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -92,50 +94,43 @@ class MeshDetail:
             error = _FAR_ERROR if body.startswith(_FAR_BODIES) else _ERROR
             if model.mesh_facenum[mesh] > _FEW:
                 self._errors[mesh] = min(error, self._errors.get(mesh, error))
-        self._decimated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._context, self._reduced = None, False
         self.enabled = True
 
-    def apply(self, context: Any, reduced: bool) -> None:
-        """Puts the meshes into a mujoco.MjrContext, which must be current and holds full ones at
-        first. Costs nothing while neither argument changes."""
-        if context is not self._context:
-            self._context, self._reduced = context, False
+    def apply(self, renderer: Any, reduced: bool) -> None:
+        """Prepares robosuite's render context, which must be current and is in full at first.
+        Costs nothing while neither it nor `reduced` changes, else about a second."""
         reduced = reduced and self.enabled
+        if renderer.con is not self._context:
+            self._context, self._reduced = renderer.con, False
         if reduced != self._reduced:
-            for mesh in self._errors:
-                self._upload(mesh, reduced)
-            self._reduced = reduced
+            renderer.con.free()
+            with self._less_detail() if reduced else contextlib.nullcontext():
+                renderer._set_mujoco_context_and_buffers()
+            self._context, self._reduced = renderer.con, reduced
 
-    def _upload(self, mesh: int, reduced: bool) -> None:
-        import mujoco
-
-        model, count = self._model, int(self._model.mesh_facenum[mesh])
-        start = model.mesh_faceadr[mesh]
-        arrays = (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord)
-        held = [array[start : start + count].copy() for array in arrays]
+    @contextlib.contextmanager
+    def _less_detail(self) -> Iterator[None]:
+        """The model as it is given to the renderer; the simulation's own again outside."""
+        model, quality = self._model, self._model.vis.quality
+        # A corner keeps its normal and its place in the texture.
+        corners = (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord)
+        held = [array.copy() for array in (*corners, model.mesh_facenum)]
+        samples = quality.offsamples
         try:
-            if reduced:
-                faces, kept = self._faces(mesh)
-                # A corner keeps its normal and its place in the texture.
-                for array, values in zip(arrays, (faces, held[1][kept], held[2][kept])):
-                    array[start : start + len(kept)] = values
+            quality.offsamples = 0
+            for mesh, error in self._errors.items():
+                first, start = model.mesh_vertadr[mesh], model.mesh_faceadr[mesh]
+                vertices = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
+                rows = slice(start, start + model.mesh_facenum[mesh])
+                corners[0][rows] = decimate(vertices.astype(np.float64), corners[0][rows], error)
+                a, b, c = corners[0][rows].T
+                kept = start + np.flatnonzero((a != b) & (b != c) & (c != a))
+                for array in corners:
+                    array[start : start + len(kept)] = array[kept]
                 model.mesh_facenum[mesh] = len(kept)
-            mujoco.mjr_uploadMesh(model, self._context, mesh)
+            yield
         finally:
-            model.mesh_facenum[mesh] = count
-            for array, values in zip(arrays, held):
-                array[start : start + count] = values
-
-    def _faces(self, mesh: int) -> tuple[np.ndarray, np.ndarray]:
-        """The faces that remain of a mesh, and which they were."""
-        if mesh not in self._decimated:
-            model = self._model
-            first, start = model.mesh_vertadr[mesh], model.mesh_faceadr[mesh]
-            vertices = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
-            faces = model.mesh_face[start : start + model.mesh_facenum[mesh]]
-            faces = decimate(vertices.astype(np.float64), faces, self._errors[mesh])
-            a, b, c = faces.T
-            kept = np.flatnonzero((a != b) & (b != c) & (c != a))
-            self._decimated[mesh] = (faces[kept], kept)
-        return self._decimated[mesh]
+            quality.offsamples = samples
+            for array, values in zip((*corners, model.mesh_facenum), held):
+                array[:] = values
