@@ -5,6 +5,8 @@ once more for each mirror. Half are behind the camera or beside the picture. Lea
 not change a pixel.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,7 +60,13 @@ class FrustumCulling:
             outside |= (local[..., axis] < -reach).all(axis=1)
         return ~outside
 
-    def apply(self, camera_id: int) -> None:
-        """Prepares the model for a frame from this (square) camera."""
-        drawn = self.visible(camera_id) if self.enabled else True
-        self._model.geom_group[:] = np.where(drawn, self._groups, _HIDDEN_GROUP)
+    @contextlib.contextmanager
+    def view_of(self, camera_id: int) -> Iterator[None]:
+        """Inside, the model is prepared for a frame from this (square) camera."""
+        if self.enabled:
+            drawn = self.visible(camera_id)
+            self._model.geom_group[:] = np.where(drawn, self._groups, _HIDDEN_GROUP)
+        try:
+            yield
+        finally:
+            self._model.geom_group[:] = self._groups

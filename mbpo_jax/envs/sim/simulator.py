@@ -31,8 +31,8 @@ ACTIONS_PER_ARM = len(_NOOP)
 STATES_PER_ARM = 8
 # Jitter on an expert's actions: less on rotations, none on the gripper.
 _JITTER_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
-# Frames up to this size are drawn with less detail, at three times their size, and averaged. In
-# full it is twice their size, of four samples a pixel: both against aliasing. Larger ones are exact.
+# Frames up to this size are drawn with less detail, at three times their size, and averaged; in full
+# it is twice their size with four samples a pixel. Larger frames are always drawn in full.
 SMALL_FRAME = 128
 
 
@@ -289,8 +289,8 @@ class RobosuiteEnv(abc.ABC):
 
         factor = 1 if size > SMALL_FRAME else 3 if self.detail.enabled else 2
         sim = self.simulation.sim
-        self.culling.apply(sim.model.camera_name2id(camera))
-        frame = sim.render(camera_name=camera, width=size * factor, height=size * factor)
+        with self.culling.view_of(sim.model.camera_name2id(camera)):
+            frame = sim.render(camera_name=camera, width=size * factor, height=size * factor)
         frame = self._upright(frame)
         if factor == 1:
             return np.ascontiguousarray(frame)
