@@ -31,8 +31,8 @@ ACTIONS_PER_ARM = len(_NOOP)
 STATES_PER_ARM = 8
 # Jitter on an expert's actions: less on rotations, none on the gripper.
 _JITTER_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
-# Frames up to this size are drawn with less detail, at three times their size, and averaged; in full
-# it is twice their size with four samples a pixel. Larger frames are always drawn in full.
+# Frames up to this size are drawn with less detail, at three times their size, and averaged; in
+# full it is twice their size with four samples a pixel. Larger frames are always drawn in full.
 SMALL_FRAME = 128
 
 

@@ -41,6 +41,15 @@ def test_a_surface_moves_by_no_more_than_a_cell():
     assert np.abs(z - 0.3 * np.sin(5 * x)).max() < 2 * np.sqrt(3) * error
 
 
+def test_a_rough_surface_keeps_a_vertex_of_every_narrow_cell():
+    # Heights are 4.5 and 7.5 errors, in one wide cell (4 to 8) but not flat. Narrow ones have 2
+    # columns.
+    error = 1 / 64
+    wave = grid(64, lambda x, y: 1.5 * np.cos(64 * np.pi * x) * np.cos(64 * np.pi * y))
+    rough = wave[0] * [1, 1, error] + [0, 0, 6 * error], wave[1]
+    assert len(np.unique(decimate(*rough, error))) >= 33**2
+
+
 def test_the_two_sides_of_a_thin_wall_stay_apart():
     above, faces = grid(32, lambda x, y: 0 * x + 0.501)
     below = above - [0, 0, 1e-3]

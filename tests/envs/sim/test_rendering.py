@@ -179,5 +179,10 @@ def test_what_is_seen_in_a_mirror_alone_is_drawn():
     # A mirror turned upright, its face at x = 1.9 to the camera: what is behind the camera shows.
     scene.geom_xmat[0] = [0, 0, -1, 0, 1, 0, 1, 0, 0]
     assert culling.visible(0)[5]
+    # Its image is at x = 5.8, where the view ends at y = 5.9 and, against rounding, at 6.02.
+    for y, seen in ((6.0, True), (6.22, False)):
+        scene.geom_xpos[5] = [-2, y, 1]
+        assert culling.visible(0)[5] == seen
+    scene.geom_xpos[5] = [-2, 0, 1]
     scene.geom_type[0] = 7
     assert not FrustumCulling(scene, scene).visible(0)[5]  # a mesh is no mirror
