@@ -5,6 +5,7 @@ python -m experiments.benchmark --target=world_model
 python -m experiments.benchmark --target=server
 python -m experiments.benchmark --target=imagination
 python -m experiments.benchmark --target=data
+python -m experiments.benchmark --target=rendering
 python -m experiments.benchmark --target=gpu --out=DIR
 
 Rounds of both sides alternate, so that a busy machine slows both; a ratio is the median over the
@@ -39,6 +40,7 @@ SIZES = {  # of each target: those there are, and the default
     "server": (("tiny", "small", "pi05"), "tiny,small"),
     "imagination": (VARIANTS, "micro"),
     "data": (VARIANTS, "micro"),
+    "rendering": (("64", "128", "224", "256"), "64,128"),
 }
 
 
@@ -112,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows += target.run(size, options.batches, options.repeats)
         elif options.target == "server":
             rows += target.run(size, options.clients, 10 * options.repeats)
+        elif options.target == "rendering":
+            rows += target.run(size, options.repeats)
         else:
             from configs import libero_long
 
@@ -159,7 +163,12 @@ def _print(rows: list[dict]) -> None:
             line += f"{row['episodes_per_second']:10.1f} episodes/s"
         if "frames_per_second" in row:
             line += f", {row['frames_per_second']:.0f} frames/s"
-            if "ratio" in row:
+            if "psnr" in row:
+                line += (
+                    f", off by {row['mean_difference']:.2f} (mean), {row['max_difference']} (max)"
+                )
+                line += f" grey levels, {row['psnr']:.1f} dB"
+            elif "ratio" in row:
                 line += ", the device starves" if row["ratio"] > 1 else ", the device is fed"
         if "share" in row:
             line += f"  {row['share']:.0%} of its parts"

@@ -21,6 +21,7 @@ import numpy as np
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.sim import rendering
 from mbpo_jax.envs.sim.culling import FrustumCulling
+from mbpo_jax.envs.sim.level_of_detail import LevelOfDetail
 
 MUJOCO_VERSION = "3.3.7"
 
@@ -30,7 +31,9 @@ ACTIONS_PER_ARM = len(_NOOP)
 STATES_PER_ARM = 8
 # Jitter on an expert's actions: less on rotations, none on the gripper.
 _JITTER_SCALE = np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
-_OVERSAMPLED_BELOW = 128  # small frames are drawn at twice their size and averaged: less aliasing
+# Frames up to this size are drawn with less detail, at three times their size, and averaged; in
+# full it is twice their size with four samples a pixel. Larger frames are always drawn in full.
+SMALL_FRAME = 128
 
 
 class TaskInfo(NamedTuple):
@@ -91,7 +94,8 @@ class RobosuiteEnv(abc.ABC):
         for camera in self.cameras:
             if camera not in known:
                 raise ValueError(f"no camera {camera!r} in {suite}; there are {', '.join(known)}")
-        self._culling = FrustumCulling(self.model, self.data)
+        self.culling = FrustumCulling(self.model, self.data)
+        self.detail = LevelOfDetail(self.model)
         self.arms = [
             Arm(
                 robot.eef_site_id,
@@ -277,15 +281,16 @@ class RobosuiteEnv(abc.ABC):
     def _render(self, size: int) -> dict[str, np.ndarray]:
         self._make_current()
         self._show_state()
+        self.detail.apply(self.simulation.sim._render_context_offscreen, size <= SMALL_FRAME)
         return {camera: self._frame(camera, size) for camera in self.cameras}
 
     def _frame(self, camera: str, size: int) -> np.ndarray:
         import cv2
 
-        factor = 2 if size <= _OVERSAMPLED_BELOW else 1
+        factor = 1 if size > SMALL_FRAME else 3 if self.detail.enabled else 2
         sim = self.simulation.sim
-        self._culling.apply(sim.model.camera_name2id(camera))
-        frame = sim.render(camera_name=camera, width=size * factor, height=size * factor)
+        with self.culling.view_of(sim.model.camera_name2id(camera)):
+            frame = sim.render(camera_name=camera, width=size * factor, height=size * factor)
         frame = self._upright(frame)
         if factor == 1:
             return np.ascontiguousarray(frame)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mbpo_jax.envs.sim import rendering
+from mbpo_jax.envs.sim.culling import FrustumCulling
+from mbpo_jax.envs.sim.libero import LiberoEnv
 
 
 @pytest.fixture
@@ -112,22 +114,75 @@ def test_no_opengl_names_the_packages(clean_environment):
         rendering.select_backend()
 
 
-@pytest.mark.libero
-def test_culling_leaves_out_much_and_changes_no_pixel(book_env):
-    book_env.reset(seed=0)
-    state = book_env.state()
-    culled = book_env.render_state(state)
-    culling = book_env._culling
-    hidden = [
-        1 - culling.visible(book_env.simulation.sim.model.camera_name2id(camera)).mean()
-        for camera in book_env.cameras
-    ]
-    assert min(hidden) > 0.05
-    culling._enabled = False
-    book_env.model.geom_group[:] = culling._groups
+@pytest.fixture(scope="module")
+def stove_env():
+    """A scene with a stove, whose top is a mirror."""
+    env = LiberoEnv("libero_goal", 7, image_size=64)
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def frames(env, state, size, culled, decimated):
+    env.culling.enabled, env.detail.enabled = culled, decimated
     try:
-        whole = book_env.render_state(state)
+        return env.render_state(state, size)
     finally:
-        culling._enabled = True
-    for camera in book_env.cameras:
+        env.culling.enabled = env.detail.enabled = True
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize("scene", ["book_env", "stove_env"])
+def test_culling_leaves_out_much_and_changes_no_pixel(scene, request):
+    env = request.getfixturevalue(scene)
+    env.reset(seed=0)
+    state = env.state()
+    culled = frames(env, state, 144, culled=True, decimated=True)
+    groups = env.model.geom_group.copy()
+    for camera in env.cameras:
+        with env.culling.view_of(env.simulation.sim.model.camera_name2id(camera)):
+            assert (env.model.geom_group != groups).mean() > 0.01
+    np.testing.assert_array_equal(env.model.geom_group, groups)
+    whole = frames(env, state, 144, culled=False, decimated=False)
+    for camera in env.cameras:
         np.testing.assert_array_equal(culled[camera], whole[camera])
+
+
+class Mirrored:
+    """A camera at (0, 0, 1) that looks along +x with a view of 90 degrees; a mirror box on the
+    floor whose upper face is at height 0; small boxes where they are put."""
+
+    def __init__(self, *places):
+        count = 1 + len(places)
+        self.geom_group = np.zeros(count, int)
+        self.geom_aabb = np.tile([0, 0, 0, 0.1, 0.1, 0.1], (count, 1))
+        self.geom_size = np.full((count, 3), 0.1)
+        self.geom_type = np.full(count, 6)
+        self.geom_matid = np.array([0] + [-1] * len(places))
+        self.mat_reflectance = np.array([0.5])
+        self.light_castshadow = np.zeros(1)
+        self.cam_fovy = [90]
+        self.geom_xmat = np.tile(np.eye(3).ravel(), (count, 1))
+        self.geom_xpos = np.array([[2, 0, -0.1], *places], float)
+        self.cam_xpos = np.array([[0, 0, 1]])
+        self.cam_xmat = np.array([[0, 0, -1, -1, 0, 0, 0, 1, 0]], float)
+
+
+def test_what_is_seen_in_a_mirror_alone_is_drawn():
+    # At x = 2 the view ends at height 3; the image of height 4 is at -4, that of 1.9 at -1.9
+    # (the view's lower end is -1), and that of 2.5 at x = 4 is at -2.5, above -3.
+    scene = Mirrored([2, 0, 1], [2, 0, 4], [4, 0, 5.5], [2, 4, 1], [-2, 0, 1])
+    culling = FrustumCulling(scene, scene)
+    np.testing.assert_array_equal(culling.visible(0), [True, True, False, False, False, False])
+    scene.geom_xpos[1:4] = [1.5, 0, 3], [4, 0, 5.3], [4, 0, 2.5]
+    np.testing.assert_array_equal(culling.visible(0)[1:4], [False, False, True])
+    # A mirror turned upright, its face at x = 1.9 to the camera: what is behind the camera shows.
+    scene.geom_xmat[0] = [0, 0, -1, 0, 1, 0, 1, 0, 0]
+    assert culling.visible(0)[5]
+    # Its image is at x = 5.8, where the view ends at y = 5.9 and, against rounding, at 6.02.
+    for y, seen in ((6.0, True), (6.22, False)):
+        scene.geom_xpos[5] = [-2, y, 1]
+        assert culling.visible(0)[5] == seen
+    scene.geom_xpos[5] = [-2, 0, 1]
+    scene.geom_type[0] = 7
+    assert not FrustumCulling(scene, scene).visible(0)[5]  # a mesh is no mirror
