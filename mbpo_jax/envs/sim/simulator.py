@@ -59,8 +59,8 @@ class RobosuiteEnv(abc.ABC):
 
     An action is float [7 per arm]: end-effector translation (1.0 = 0.05 m) and rotation
     (1.0 = 0.5 rad) along the world's axes, commanded to the operational-space controller, then the
-    gripper (+1 closes). Control runs at 20 Hz. Nothing is rendered by `step`: rendering costs ten
-    times a step.
+    gripper (+1 closes). Control runs at 20 Hz. Nothing is rendered by `step`: two small
+    frames cost about two steps, large ones more.
 
     Args:
         simulation: robosuite's environment.
