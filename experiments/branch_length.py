@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
-from experiments.shared_stages import continued, optimize_each
+from experiments.shared_stages import continued, optimize_each, require_simulator
 
 
 def with_branches(config: ml_collections.ConfigDict, length: str) -> ml_collections.ConfigDict:
@@ -55,6 +55,7 @@ def run(
     curves."""
     from mbpo_jax.stages.limits import check_config
 
+    require_simulator(config)
     check_config(config)
     for length in lengths:
         with_branches(config, length)

@@ -12,6 +12,12 @@ import ml_collections
 SHARED_STAGES = ("demonstrations", "sft", "rollouts", "world_model", "value")
 
 
+def require_simulator(config: ml_collections.ConfigDict) -> None:
+    """Refuses, with ValueError, the config of a robot of which there are only recordings."""
+    if "evaluation" not in config:
+        raise ValueError("policies are compared in a simulator, which this config's robot lacks")
+
+
 def optimize_each(
     base: Path, config: ml_collections.ConfigDict, variants: Mapping[str, ml_collections.ConfigDict]
 ) -> tuple[dict, dict[str, dict]]:

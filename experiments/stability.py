@@ -12,6 +12,7 @@ continues, and entries may be added. Writes `stability.json` and `stability.html
 each entry, and where another value is better than the shared one (exact McNemar test, p < 0.05).
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from ml_collections import config_flags
 
 from experiments.branch_length import with_branches
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
-from experiments.shared_stages import continued, optimize_each
+from experiments.shared_stages import continued, optimize_each, require_simulator
 
 ENTRIES = (
     "actor_lr",
@@ -165,9 +166,8 @@ def draw(results: Mapping, entries: Sequence[str]):
     for axis in axes.flat[len(entries) :]:
         axis.axis("off")
     for axis, entry in zip(axes.flat, entries):
-        for color, shift, (task, runs) in zip(
-            COLORS, (-0.06, 0.06, 0, 0.12, -0.12), results.items()
-        ):
+        shifts = np.linspace(-0.15, 0.15, len(results))
+        for color, shift, (task, runs) in zip(itertools.cycle(COLORS), shifts, results.items()):
             parts = [
                 runs[name]["improved"] for name in (f"{entry}_third", SHARED, f"{entry}_triple")
             ]
@@ -257,6 +257,7 @@ def measure(
         SystemExit: with one message, for what the user can mend.
     """
     with continued(root):
+        require_simulator(config)
         entries = entries_of(config, names)
         if len(set(tasks)) < len(tasks) or not all(task.isdecimal() for task in tasks):
             raise ValueError(f"--tasks={','.join(tasks)}: give numbers of tasks, each once")

@@ -9,12 +9,11 @@ import ml_collections
 
 from experiments.branch_length import with_branches
 from experiments.compare import DESCRIPTIONS, idql, imitation, online, penalties, recap
+from experiments.shared_stages import SHARED_STAGES
 from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
 from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.types import Params
-
-SHARED_STAGES = ("demonstrations", "sft", "rollouts", "world_model", "value")
 
 
 def trained(workspace: Workspace) -> tuple[Act, Params]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from experiments.compare.methods import METHODS, SHARED_STAGES, Method, check_budgets
+from experiments.compare.methods import METHODS, Method, check_budgets
+from experiments.shared_stages import SHARED_STAGES, require_simulator
 from mbpo_jax import pipeline
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import make_pool
@@ -26,8 +27,7 @@ def merged(config: Config, settings: Config) -> Config:
     Raises:
         ValueError: a config without a simulator, or a setting out of range.
     """
-    if "evaluation" not in config:
-        raise ValueError("the methods are compared in a simulator, which this config's robot lacks")
+    require_simulator(config)
     if settings.best_of.chunks_to_choose_from < 2:
         raise ValueError("compare.best_of.chunks_to_choose_from: choose among 2 chunks or more")
     if not 0 < settings.recap.positive_share < 1:

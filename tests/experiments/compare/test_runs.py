@@ -11,10 +11,11 @@ import pytest
 
 from configs.libero_long import get_config
 from experiments.compare import imitation, online, penalties, recap, runs
-from experiments.compare.methods import METHODS, SHARED_STAGES, chosen
+from experiments.compare.methods import METHODS, chosen
 from experiments.compare.recorded import fine_tuned
 from experiments.compare.runs import merged
 from experiments.compare.settings import get_settings
+from experiments.shared_stages import SHARED_STAGES
 from mbpo_jax import pipeline
 from mbpo_jax.data.episodes import read_episodes, write_episodes
 from mbpo_jax.data.normalization import compute_norm_stats, write_norm_stats
