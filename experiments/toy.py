@@ -52,7 +52,7 @@ def rehearse(world: WorldModel, anchor: float, iterations: int, seed: int) -> di
     start = observation(np.repeat(np.linspace(0.4, 0.9, STARTS), SETTINGS.group_size))
     count = len(start.proprio)
     # It was fine-tuned on actions around 0, where the policy starts.
-    shown = Demonstration(start, jnp.zeros((count, CHUNK, 1)), jnp.ones(count, bool))
+    shown = Demonstration(start, jnp.zeros((count, CHUNK, 1)), jnp.ones(count))
 
     def branch_in(world, params, key):
         keys = jax.random.split(key, count)

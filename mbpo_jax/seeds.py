@@ -9,6 +9,7 @@ STREAMS = (
     "dynamics",
     "dynamics_batches",
     "dynamics_members",
+    "expected_return",
     "fidelity",
     "fidelity_study",
     "imagined_imitation",

@@ -55,12 +55,13 @@ class WorldState:
 
 @struct.dataclass
 class Demonstration:
-    """A supervised pair for the policy: `actions` float32 [*B, k, A] are the labels; `optimal`
-    bool [*B] says whether their episode succeeded, for policies that are conditioned on it."""
+    """A supervised pair for the policy: `actions` float32 [*B, k, A] are the labels; `quality`
+    float32 [*B] says how well their episode went on, from 0 to 1 (success), for policies that are
+    conditioned on it."""
 
     observation: Observation
     actions: Array
-    optimal: Array
+    quality: Array
 
 
 @struct.dataclass

@@ -210,7 +210,7 @@ def test_the_anchor_pulls_by_its_weight():
     options = {"actor_lr": 0.01, "weight_decay": 0.0, "grad_clip": 10.0, **AT_ONCE}
     blank = {name: jnp.zeros(2) for name in (*PPO_FIELDS, "mask")}
     batch = chunks(observation=observation([0, 0]), chain=jnp.zeros((2, CHUNK, 1)), **blank)
-    shown = Demonstration(observation([0, 0]), jnp.full((2, CHUNK, 1), 0.5), jnp.ones(2, bool))
+    shown = Demonstration(observation([0, 0]), jnp.full((2, CHUNK, 1), 0.5), jnp.ones(2))
     mbpo = MBPO(policy, Settings(anchor_weight=3.0, **options), CHUNK)
     state, metrics = mbpo.update(mbpo.init(policy.init()), batch, shown, jax.random.key(0))
     np.testing.assert_allclose(metrics["actor_grad_norm"], 3.0, atol=1e-6)

@@ -37,7 +37,7 @@ def run(config: Config, size: str, repeats: int) -> list[dict]:
     sft = batches(source, config.sft.batch_size, seeds.stream(config.seed, "sft_batches"))
 
     def sft_loss(actor, frozen, batch, key):
-        return policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)
+        return policy.loss(actor, batch.observation, batch.actions, key, batch.quality)
 
     pairs = transitions(episodes, builder, config.chunk)
     joint = joint_batches(config, world, world_params, pairs, episodes)(0)

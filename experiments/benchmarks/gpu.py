@@ -330,11 +330,11 @@ class Small:
         return observation, actions
 
     def demonstrations(self, batch: int) -> Demonstration:
-        return Demonstration(*self.observed(batch), np.ones(batch, bool))
+        return Demonstration(*self.observed(batch), np.ones(batch, np.float32))
 
     def sft(self, _: Params, batch: int) -> Work:
         def loss(actor, frozen, batch, key):
-            return self.policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)
+            return self.policy.loss(actor, batch.observation, batch.actions, key, batch.quality)
 
         return _training(
             loss,

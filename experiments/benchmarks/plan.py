@@ -225,7 +225,7 @@ class _Steps:
 
     def _sft(self) -> Step:
         trainable = self.policy.trainable(self.policy_params)["actor"]
-        row = Demonstration(self.seen, self.actions, np.bool_(True))
+        row = Demonstration(self.seen, self.actions, np.float32(1))
         return self._training(
             "SFT step",
             "sft",

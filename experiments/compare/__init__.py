@@ -20,5 +20,6 @@ DESCRIPTIONS = {
     "mobile": "vla_mbpo minus β times the disagreement of values after dynamics members",
     "idql": "no policy training: of N chunks the one with the highest Q, from recorded data alone",
     "recap": "SFT goes on, with all rollouts, each chunk labelled by whether it gained time",
+    "reinbot": "SFT goes on, with all rollouts, each chunk behind the return that followed",
 }
 DEFAULT = ("sft", "bc_on_rollouts", "bc_in_world_model", "vla_mbpo", "best_of_n")

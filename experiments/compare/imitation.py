@@ -121,7 +121,7 @@ def successful_chunks(branch: Branch) -> Demonstration:
     observation, actions = jax.tree.map(
         lambda x: np.asarray(x)[chosen], (branch.observation, branch.actions)
     )
-    return Demonstration(observation, actions, np.ones(len(actions), bool))
+    return Demonstration(observation, actions, np.ones(len(actions), np.float32))
 
 
 def _save(path: Path, chunks: Demonstration) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_collections
 
 from experiments.branch_length import with_branches
-from experiments.compare import DESCRIPTIONS, idql, imitation, online, penalties, recap
+from experiments.compare import DESCRIPTIONS, idql, imitation, online, penalties, recap, reinbot
 from experiments.shared_stages import SHARED_STAGES
 from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
 from mbpo_jax.stages.improve_policy import improve_policy
@@ -123,6 +123,12 @@ METHODS = {
         recap.actor,
         needs="rollouts",
         settings=("compare.imitation", "compare.recap"),
+    ),
+    "reinbot": Method(
+        reinbot.train,
+        reinbot.actor,
+        needs="rollouts",
+        settings=("compare.imitation", "compare.reinbot"),
     ),
 }
 

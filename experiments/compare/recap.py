@@ -50,11 +50,11 @@ def train(workspace: Workspace, directory: Path) -> dict:
     advantage = np.array([chunk_advantage(returns[e], values[e], f, g) for e, f, g in index])
     by_task = np.array([episodes[e].task_id for e, *_ in index])
     recorded = index[:, 0] >= len(shown)
-    optimal = labels(advantage, by_task, recorded, settings.positive_share)
-    source = labelled(episodes, builder, index[:, :2], optimal)
+    good = labels(advantage, by_task, recorded, settings.positive_share)
+    source = labelled(episodes, builder, index[:, :2], good)
     learner, _ = fine_tuned(workspace, conditioned(config))
     continue_sft(workspace, directory, learner, params, [source])
-    return {"chunks": len(index), "rollout_chunks_labelled_good": int(optimal[recorded].sum())}
+    return {"chunks": len(index), "rollout_chunks_labelled_good": int(good[recorded].sum())}
 
 
 def _limits(config: Config) -> tuple[int, float]:
@@ -93,14 +93,14 @@ def labels(advantage: Array, task: Array, recorded: Array, positive_share: float
     return good
 
 
-def labelled(episodes: list[Episode], builder, index: Array, optimal: Array) -> Source:
+def labelled(episodes: list[Episode], builder, index: Array, good: Array) -> Source:
     """`Demonstration`s of the chunks at `index` int [N, 2] (episode, frame), with their labels."""
 
-    def record(e, f, good):
+    def record(e, f, label):
         episode = episodes[e]
-        return Demonstration(builder.at(episode, f), episode.target_actions[f], np.bool_(good))
+        return Demonstration(builder.at(episode, f), episode.target_actions[f], np.float32(label))
 
-    return Source(record, np.column_stack([index, optimal]))
+    return Source(record, np.column_stack([index, good]))
 
 
 def conditioned(config: Config) -> Config:

@@ -32,6 +32,8 @@ def merged(config: Config, settings: Config) -> Config:
         raise ValueError("compare.best_of.chunks_to_choose_from: choose among 2 chunks or more")
     if not 0 < settings.recap.positive_share < 1:
         raise ValueError("compare.recap.positive_share is a share between 0 and 1")
+    if not 0 < settings.reinbot.expectile < 1:
+        raise ValueError("compare.reinbot.expectile lies between 0 and 1")
     if min(settings.online.refills, settings.online.large_factor) < 1:
         raise ValueError("compare.online: refills and large_factor are 1 or more")
     whole = ml_collections.ConfigDict({**config.to_dict(), "compare": settings.to_dict()})

@@ -7,7 +7,7 @@ import ml_collections
 def get_settings() -> ml_collections.ConfigDict:
     """The locked defaults: one section for each part that some methods share."""
     c = ml_collections.ConfigDict()
-    # bc_on_rollouts, bc_in_world_model, recap: SFT's learning rates, as a share of what they were.
+    # Of methods by which SFT goes on: its learning rates, as a share of what they were.
     c.imitation = ml_collections.ConfigDict({"learning_rate_scale": 0.1})
 
     c.best_of = ml_collections.ConfigDict()
@@ -36,4 +36,13 @@ def get_settings() -> ml_collections.ConfigDict:
     c.recap.guidance = 1.5  # when acting
     c.recap.failure_penalty = 1.0  # in lengths of the longest episode
     c.recap.value_steps = 2000
+
+    c.reinbot = ml_collections.ConfigDict()
+    c.reinbot.nearness = 0.1  # weights of the dense reward, beside 1 for success
+    c.reinbot.progress = 0.1
+    c.reinbot.smoothness = 0.1
+    c.reinbot.levels = 16  # of the return that the policy is asked for
+    c.reinbot.expectile = 0.9
+    c.reinbot.width = 256  # of two hidden layers
+    c.reinbot.expected_steps = 2000
     return c.lock()

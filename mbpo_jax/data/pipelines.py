@@ -135,7 +135,7 @@ def demonstrations(episodes: Sequence[Episode], builder: ObservationBuilder) -> 
     def record(e, f):
         episode = episodes[e]
         return Demonstration(
-            builder.at(episode, f), episode.target_actions[f], np.bool_(episode.success)
+            builder.at(episode, f), episode.target_actions[f], np.float32(episode.success)
         )
 
     return Source(record, [(e, f) for e, f in _frames(episodes) if episodes[e].num_actions[f]])

@@ -77,9 +77,10 @@ class Pi0Config:
     frozen: tuple[str, ...] = ()  # patterns of paths of parameters that are not trained
     augment: bool = False  # random crop, rotation and colour of the frames in the SFT loss
     wrist_cameras: tuple[str, ...] = ()  # never cropped or rotated
-    advantage_conditioned: bool = False  # an optimality token ends the prompt (π*0.6)
+    advantage_conditioned: bool = False  # a token of a chunk's quality ends the prompt (π*0.6)
+    quality_levels: int = 2  # that the token tells apart; 2: bad and good
     condition_dropout: float = 0.3  # share of SFT examples that do not see that token
-    guidance: float = 1.0  # classifier-free guidance towards "optimal" in `FlowPolicy.act`
+    guidance: float = 1.0  # classifier-free guidance towards the best quality in `FlowPolicy.act`
     eval_steps: int = 10  # Euler steps of the deterministic sampler
     times_per_example: int = 1  # flow times per encoded prefix in the SFT loss
     resize_images: bool = False  # resize square frames to vision.image_size; else other sizes fail
@@ -99,6 +100,11 @@ class Pi0Config:
             )
         if self.times_per_example < 1:
             raise ValueError(f"times_per_example is {self.times_per_example}: use 1 or more")
+        if not 2 <= self.quality_levels < self.vocab_size:
+            raise ValueError(
+                f"quality_levels is {self.quality_levels}: tell apart 2 or more, each with a token "
+                f"of the {self.vocab_size}"
+            )
 
 
 def variants() -> dict[str, Pi0Config]:

@@ -50,15 +50,15 @@ def prompt(observation: Observation, config: Pi0Config) -> Prompt:
     return Prompt(observation.prompt.tokens[:, :budget], observation.prompt.mask[:, :budget])
 
 
-def with_optimality(
-    prompt: Prompt, config: Pi0Config, optimal: jax.Array, shown: jax.Array
-) -> Prompt:
-    """The prompt with one more token that says whether the chunk to come is a good one.
+def with_quality(prompt: Prompt, config: Pi0Config, quality: jax.Array, shown: jax.Array) -> Prompt:
+    """The prompt with one more token that says how good the chunk to come is.
 
-    The vocabulary's last two ids are that token. `optimal`, `shown`: bool [B]; where `shown` is
-    False the token is masked, so the policy is unconditional (π*0.6, arXiv 2511.14759).
+    The vocabulary's last ids are that token, the very last one for the best. `quality` [B] from 0
+    to 1 is rounded to one of `config.quality_levels`; where `shown`, bool [B], is False the token
+    is masked, so the policy is unconditional (π*0.6, arXiv 2511.14759, with two levels).
     """
-    token = jnp.where(optimal, config.vocab_size - 1, config.vocab_size - 2).astype(jnp.int32)
+    below_best = (config.quality_levels - 1) * (1.0 - jnp.clip(quality, 0.0, 1.0))
+    token = config.vocab_size - 1 - jnp.round(below_best).astype(jnp.int32)
     return Prompt(
         jnp.concatenate([prompt.tokens, token[:, None]], axis=1),
         jnp.concatenate([prompt.mask, shown[:, None]], axis=1),

@@ -148,7 +148,7 @@ class FlowPolicy:
         observation: Observation,
         actions: Array,
         key: jax.Array,
-        optimal: Array | None = None,
+        quality: Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Flow-matching loss of expert chunks: |v(x_t, t) − (ε − a)|², mean over all entries
         (π0, arXiv 2410.24164, equation 1).
@@ -156,8 +156,8 @@ class FlowPolicy:
         Args:
             actor: `params["actor"]`.
             actions: float32 [B, k, A], robot's units.
-            optimal: bool [B], whether each chunk is a good one; for an advantage-conditioned
-                policy. All are if it is None.
+            quality: [B], how good each chunk is, from 0 to 1 (`inputs.with_quality`); for an
+                advantage-conditioned policy. All are the best if it is None.
 
         The prefix is computed once and serves `config.times_per_example` flow times.
         """
@@ -171,7 +171,7 @@ class FlowPolicy:
             observation,
             with_features=False,
             augment_key=augment_key if self.config.augment else None,
-            optimal=optimal,
+            quality=quality,
             shown=shown,
         )
         clean = self._to_model(actions)[:, None]
@@ -183,11 +183,18 @@ class FlowPolicy:
         real = error[..., : self.env_action_dim].mean()
         return error.mean(), {"loss": error.mean(), "velocity_error": real}
 
-    def act(self, params: Params, observation: Observation, key: jax.Array) -> jax.Array:
+    def act(
+        self,
+        params: Params,
+        observation: Observation,
+        key: jax.Array,
+        quality: Array | None = None,
+    ) -> jax.Array:
         """Actions [B, k, A] for evaluation: random initial noise, then the deterministic flow in
-        `config.eval_steps` Euler steps."""
+        `config.eval_steps` Euler steps. `quality` is what an advantage-conditioned policy is asked
+        for, as in `loss`."""
         actor = params["actor"]
-        prefix = self._encode(actor, observation, with_features=False)
+        prefix = self._encode(actor, observation, with_features=False, quality=quality)
         velocity = self._velocity(actor, prefix)
         if self.config.advantage_conditioned and self.config.guidance != 1:
             hidden = jnp.zeros(prefix.cache.mask.shape[0], bool)
@@ -219,7 +226,7 @@ class FlowPolicy:
         camera_mask: Mapping[str, Array] | None = None,
         with_features: bool = True,
         augment_key: jax.Array | None = None,
-        optimal: Array | None = None,
+        quality: Array | None = None,
         shown: Array | None = None,
     ) -> Prefix:
         self.check(observation)
@@ -241,9 +248,9 @@ class FlowPolicy:
                 state = inputs.pad(state, self.config.action_dim, "observation.proprio")
         prompt = inputs.prompt(observation, self.config)
         if self.config.advantage_conditioned:
-            every = jnp.ones(batch, bool)
-            optimal, shown = (every if x is None else jnp.asarray(x) for x in (optimal, shown))
-            prompt = inputs.with_optimality(prompt, self.config, optimal, shown)
+            quality = jnp.ones(batch) if quality is None else jnp.asarray(quality, jnp.float32)
+            shown = jnp.ones(batch, bool) if shown is None else shown
+            prompt = inputs.with_quality(prompt, self.config, quality, shown)
         return network.encode(
             self._network(actor), self.config, images, image_mask, prompt, state, with_features
         )

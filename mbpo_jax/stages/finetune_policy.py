@@ -108,6 +108,6 @@ def flow_matching_loss(policy: FlowPolicy) -> LossFn:
     """The policy's loss on `Demonstration`s."""
 
     def loss_fn(actor, frozen, batch, key):
-        return policy.loss(actor, batch.observation, batch.actions, key, batch.optimal)
+        return policy.loss(actor, batch.observation, batch.actions, key, batch.quality)
 
     return loss_fn

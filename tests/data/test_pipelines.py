@@ -70,7 +70,7 @@ def test_demonstrations(builder, make_episode):
     source = demonstrations(episodes, builder)
     # The last frame of an episode has no action to imitate.
     assert rows(source) == [(0, 0), (0, 1), (1, 0)]
-    assert [bool(source[i].optimal) for i in range(3)] == [True, True, False]
+    assert [bool(source[i].quality) for i in range(3)] == [True, True, False]
     record = source[2]
     np.testing.assert_array_equal(record.actions, episodes[1].target_actions[0])
     assert_equal_trees(record.observation, builder.at(episodes[1], 0))

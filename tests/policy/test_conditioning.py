@@ -25,7 +25,7 @@ def test_advantage_conditioning_recovers_the_better_arm():
         def step(carry, key):
             actor, state = carry
             gradient = jax.grad(
-                lambda a: policy.loss(a, observation, actions, key, optimal=good)[0]
+                lambda a: policy.loss(a, observation, actions, key, quality=good)[0]
             )(actor)
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(actor, updates), state), None

@@ -133,7 +133,7 @@ def test_groups_learn(tmp_path):
 @pytest.mark.trains
 def test_the_anchor_keeps_a_wrong_world_from_carrying_the_policy_away(tmp_path):
     def shown(i, frame):
-        return Demonstration(start_at(i, frame), np.zeros((2, 1), np.float32), np.bool_(True))
+        return Demonstration(start_at(i, frame), np.zeros((2, 1), np.float32), np.float32(1))
 
     changes = {"group_size": 4, "start_states": 64, "imagination_batch": 16, "anchor_batch": 4}
     changes |= {"reward_threshold": 0.0, "updates": 60, "critic_warmup": 0, "critic_lr": 0.0}

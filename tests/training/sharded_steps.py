@@ -114,7 +114,7 @@ def work() -> dict[str, tuple[LossFn, dict, dict, object, int]]:
             flow_matching_loss(policy),
             params["actor"],
             {},
-            Demonstration(seen(0), actions, np.ones(ROWS, bool)),
+            Demonstration(seen(0), actions, np.ones(ROWS, np.float32)),
             2,
         ),
         "world model": (

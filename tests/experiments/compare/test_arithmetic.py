@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.libero_long import get_config
-from experiments.compare import idql, imitation, penalties, recap
+from experiments.compare import idql, imitation, penalties, recap, reinbot
 from experiments.compare.recorded import Chunks
 from experiments.compare.runs import merged
 from experiments.compare.settings import get_settings
@@ -97,6 +97,47 @@ def test_the_best_share_of_each_task_and_all_demonstrations_are_good():
     assert np.flatnonzero(good).tolist() == [0, 8, 9, 10, 18, 19, 20]
 
 
+def test_nearness_to_the_next_sub_goal():
+    # Sub-goals 4 and 6: of a squared error of 16 are left 16, 9, 4, 1 and 0; then of 4 one half.
+    frames = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 4.0 + 2**0.5, 6.0])[:, None]
+    found = reinbot.nearness(frames, [4, 6])
+    left = (2 - 2**0.5) ** 2 / 4
+    np.testing.assert_allclose(found, [0, 7 / 16, 12 / 16, 15 / 16, 0, 1 - left, 1], atol=1e-6)
+
+
+def test_smoothness_is_of_neighbouring_actions():
+    chunks = np.array([[[0.0, 0.0], [1.0, 0.0], [1.0, 2.0]], [[3.0, 3.0]] * 3])
+    np.testing.assert_allclose(reinbot.smoothness(chunks), [-5 / 4, 0.0], atol=1e-6)
+
+
+def test_returns_to_go_are_means_of_what_is_left():
+    # Frames at 0, 5, 6 stand for 5, 1 and 1 steps.
+    found = reinbot.returns_to_go(np.array([0.1, 0.3, 0.5]), np.array([0, 5, 6]), True)
+    np.testing.assert_allclose(found, [1 + 1.3 / 7, 1.4, 1.5], atol=1e-6)
+    lost = reinbot.returns_to_go(np.array([0.1, 0.3, 0.5]), np.array([0, 5, 6]), False)
+    np.testing.assert_allclose(found - lost, 1.0, atol=1e-6)
+
+
+def test_ranks_of_returns():
+    first, second = reinbot.ranks([np.array([3.0, 1.0]), np.array([1.0, 2.0, 9.0])])
+    np.testing.assert_allclose(first, [0.75, 0.0], atol=1e-6)
+    np.testing.assert_allclose(second, [0.0, 0.5, 1.0], atol=1e-6)
+
+
+def test_the_best_that_a_state_led_to_is_expected():
+    draw = np.random.default_rng(0)
+    features = np.repeat(np.array([[-1.0], [1.0]]), 500, axis=0)
+    # One state led to anything from 0 to 0.2, the other from 0.5 to 1.
+    quality = np.concatenate([draw.uniform(0, 0.2, 500), draw.uniform(0.5, 1, 500)])
+    fitted = reinbot.fit_expected(
+        features, quality, jax.random.key(0), width=16, expectile=0.9, steps=500
+    )
+    low, high = reinbot.expected_quality(fitted, np.array([[-1.0], [1.0]]))
+    # The 0.9 expectile of a uniform draw from 0 to 1 is 0.75: 0.1 e² = 0.9 (1 − e)².
+    assert low == close(0.15, abs=0.02)
+    assert high == close(0.875, abs=0.03)
+
+
 def test_chunks_up_to_success_are_imitated():
     # The first branch succeeds in its second chunk, the second one never does.
     done = jnp.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
@@ -107,7 +148,7 @@ def test_chunks_up_to_success_are_imitated():
     chosen = imitation.successful_chunks(imagined)
     assert np.asarray(chosen.actions).ravel().tolist() == [0.0, 2.0]
     assert chosen.observation.proprio.ravel().tolist() == [0.0, 0.0]
-    assert chosen.optimal.all()
+    assert chosen.quality.all()
 
 
 def test_imitation_goes_on_at_a_share_of_the_learning_rates():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.libero_long import get_config
-from experiments.compare import imitation, online, penalties, recap, runs
+from experiments.compare import imitation, online, penalties, recap, reinbot, runs
 from experiments.compare.methods import METHODS, chosen
 from experiments.compare.recorded import fine_tuned
 from experiments.compare.runs import merged
@@ -107,6 +107,7 @@ def config():
     settings.dynamics.update({"members": 2, "width": 8, "steps": 4})
     settings.idql.update({"width": 8, "steps": 4})
     settings.recap.value_steps = 4
+    settings.reinbot.update({"width": 8, "expected_steps": 4})
     settings.best_of.chunks_to_choose_from = 2
     return merged(get_config("tiny"), settings)
 
@@ -239,6 +240,23 @@ def test_labels_are_learnt(config, root):
     assert 0 < moved < 0.1
     assert recap.conditioned(config).policy.advantage_conditioned
     assert not config.policy.advantage_conditioned
+
+
+def test_returns_are_learnt_and_asked_for(config, root):
+    summary, moved = trained(config, root, "reinbot")
+    assert summary["chunks"] == 4 * 10  # also the one that a failure's end cuts off
+    assert 0 < moved < 0.1
+    workspace = Workspace(root / "seed0_reinbot", METHODS["reinbot"].config(config))
+    act, params = reinbot.actor(workspace)
+    policy, _ = fine_tuned(workspace)
+    seen = collate([build.observation_builder(config).at(episode(config, 7, "sft", True), 0)])
+    layers = params["expected"]["layers"]
+    chunks = []
+    for rank in (0.0, 1.0):  # the prediction is what the policy is asked for
+        layers[-1] = {"kernel": 0 * layers[-1]["kernel"], "bias": 0 * layers[-1]["bias"] + rank}
+        chunks.append(act(params, seen, jax.random.key(0)))
+    assert chunks[0].shape == (1, policy.config.chunk, policy.env_action_dim)
+    assert not np.allclose(*chunks)
 
 
 def test_what_is_finished_is_not_run_again(config, root, capsys):
