@@ -1,6 +1,8 @@
 """What is asked of the simulator and what comes back. NumPy only: worker processes import it."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,15 +74,17 @@ class Query:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BranchRequest:
-    """Several continuations of one episode from the same moment.
+    """Several continuations of one episode.
 
-    start: how the episode began. before: float [t, A], what was executed until the moment.
-    chunks: float [G, s, A], what is executed from there, G times.
+    start: how the episode began. chunks: float [G, s, A], what each continuation executes.
+    states: G states of the simulator that they go on from (`BranchResult.states`, maybe of another
+    worker), None for the moment behind `before`, float [t, A].
     """
 
     start: EpisodeRequest
     before: np.ndarray
     chunks: np.ndarray
+    states: Sequence[Any]
 
     @property
     def task_id(self) -> int:
@@ -90,11 +94,14 @@ class BranchRequest:
 @dataclasses.dataclass
 class BranchResult:
     """What a `BranchRequest` led to: frames camera -> uint8 [G, H, W, 3], proprioception float32
-    [G, P] and success bool [G], s steps later or at success if that came first."""
+    [G, P] and success bool [G], s steps later or at success if that came first, and the states of
+    the simulator there, G in number. `moment` is its state behind `before`, if that was needed."""
 
     images: dict[str, np.ndarray]
     proprio: np.ndarray
     success: np.ndarray
+    states: list[Any]
+    moment: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """The simulator as the world model: what policy optimisation would do with an exact one.
 
-`imagine` runs on it as on UMM-World. A step is a call from the compiled program to the worker pool,
-where the episode that a start state was recorded in is executed once more up to there, and then the
-branch's chunks; so it is slow, exact to the bit, and needs no parameters.
+`imagine` runs on it as on UMM-World. A step is a call from the compiled program to the worker pool.
+The episode that a start state was recorded in is repeated up to there; from then on the simulator's
+states are kept here, and every chunk is executed once. Exact to the bit, slow, without parameters.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +22,26 @@ from mbpo_jax.envs.workers.pool import EnvPool
 from mbpo_jax.episode import Episode
 from mbpo_jax.types import Array, Observation, Params, WorldState
 
+_KEPT = 16_384  # newest states of the simulator, of some 10 kB each
+
 
 @struct.dataclass
 class SimulatedMemory:
-    """The number of the recorded moment int32 [B], the chunks executed since float32
-    [B, n, k, A] (the first `count` int32 [B] of n), and whether the task is done float32 [B]."""
+    """The number of the place where the branch is, int32 [B], and whether the task is done there,
+    float32 [B]."""
 
-    moment: Array
-    chunks: Array
-    count: Array
+    place: Array
     done: Array
+
+
+@dataclasses.dataclass
+class _Place:
+    """A state of the simulator in the episode that began with `start`; while it is None, what the
+    actions `before` [t, A] lead to."""
+
+    start: EpisodeRequest
+    before: np.ndarray
+    state: Any = None
 
 
 class SimulatedWorld:
@@ -44,14 +57,16 @@ class SimulatedWorld:
     """
 
     def __init__(self, pool: EnvPool, episodes: Sequence[Episode], branch_chunks: int):
-        self._pool, self._branch_chunks = pool, branch_chunks
+        self._pool = pool
         # JAX logs the traceback of what a callback raises, and raises it; the pool tells it once.
         logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
-        self._requests: list[tuple[EpisodeRequest, np.ndarray]] = []
+        self._places: dict[int, _Place] = {}
         self._moments: dict[bytes, int] = {}
         for episode in episodes:
             if can_repeat(episode):
-                self._remember(episode)
+                self._remember(episode, branch_chunks)
+        self._recorded = len(self._places)
+        self._numbers = itertools.count(self._recorded)
         if not self._moments:
             raise ValueError(
                 f"none of the {len(episodes)} episodes can be continued in the simulator: that "
@@ -73,57 +88,55 @@ class SimulatedWorld:
         """Finds the moment. Raises ValueError where the observation was not recorded in one of the
         episodes."""
         batch = observation.proprio.shape[:1]
-        moment = jax.pure_callback(
+        place = jax.pure_callback(
             self._find,
             jax.ShapeDtypeStruct(batch, jnp.int32),
             observation.proprio,
             dict(observation.images),
             vmap_method="broadcast_all",
         )
-        memory = SimulatedMemory(
-            moment,
-            jnp.zeros((*batch, self._branch_chunks, *self._chunk_shape)),
-            jnp.zeros(batch, jnp.int32),
-            jnp.zeros(batch),
-        )
-        return WorldState(observation, memory)
+        return WorldState(observation, SimulatedMemory(place, jnp.zeros(batch)))
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
-        """Executes the branch up to the end of this chunk, or to success."""
+        """Executes a chunk, up to its end or to success."""
         now, memory = state.observation, state.memory
-        latest = jnp.arange(self._branch_chunks) == memory.count[:, None]
-        chunks = jnp.where(latest[..., None, None], actions[:, None], memory.chunks)
-        memory = memory.replace(chunks=chunks, count=memory.count + 1)
         views = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in now.images.items()}
         proprio = jax.ShapeDtypeStruct(now.proprio.shape, jnp.float32)
-        images, proprio, done = jax.pure_callback(
+        place = jax.ShapeDtypeStruct(memory.place.shape, jnp.int32)
+        done = jax.ShapeDtypeStruct(memory.done.shape, jnp.float32)
+        images, proprio, place, done = jax.pure_callback(
             self._execute,
-            (views, proprio, jax.ShapeDtypeStruct(memory.done.shape, jnp.float32)),
-            memory.moment,
-            memory.chunks,
-            memory.count,
+            (views, proprio, place, done),
+            memory.place,
+            actions,
             vmap_method="broadcast_all",
         )
         observation = now.replace(images=images, proprio=proprio)
-        return WorldState(observation, memory.replace(done=done))
+        return WorldState(observation, SimulatedMemory(place, done))
 
     def success_probability(self, params: Params, state: WorldState) -> Array:
         """1 where the simulator says that the task is done."""
         return state.memory.done
 
-    def _remember(self, episode: Episode) -> None:
+    def _remember(self, episode: Episode, branch_chunks: int) -> None:
         sent = executed_actions(episode)
-        self._chunk_shape = episode.actions.shape[1:]
         start = EpisodeRequest(
             task_id=episode.task_id,
             seed=episode.seed,
             init_state_id=episode.init_state_id,
-            max_steps=len(sent) + self._branch_chunks * len(episode.actions[0]) + 1,
+            max_steps=len(sent) + branch_chunks * len(episode.actions[0]) + 1,
         )
         for f in np.flatnonzero(episode.num_actions):
             views = {name: x[f] for name, x in episode.images.items()}
-            self._moments[_fingerprint(episode.proprio[f], views)] = len(self._requests)
-            self._requests.append((start, sent[: episode.timesteps[f]]))
+            self._moments[_fingerprint(episode.proprio[f], views)] = len(self._places)
+            self._places[len(self._places)] = _Place(start, sent[: episode.timesteps[f]])
+
+    def _keep(self, start: EpisodeRequest, state: Any) -> int:
+        number = next(self._numbers)
+        self._places[number] = _Place(start, np.zeros(0), state)
+        if number - _KEPT >= self._recorded:
+            del self._places[number - _KEPT]
+        return number
 
     def _find(self, proprio: Array, images: dict[str, Array]) -> np.ndarray:
         batch = proprio.shape[:-1]
@@ -137,24 +150,38 @@ class SimulatedWorld:
             found[i] = self._moments[seen]
         return found.reshape(batch)
 
-    def _execute(self, moment: Array, chunks: Array, count: Array):
-        batch = moment.shape
-        moment, count = np.asarray(moment).ravel(), np.asarray(count).ravel()
-        chunks = np.asarray(chunks).reshape(len(moment), self._branch_chunks, *self._chunk_shape)
-        rows_of: dict[BranchRequest, np.ndarray] = {}
-        for start, length in sorted(set(zip(moment.tolist(), count.tolist()))):
-            rows = np.flatnonzero((moment == start) & (count == length))
-            actions = chunks[rows, :length].reshape(len(rows), -1, self._chunk_shape[1])
-            rows_of[BranchRequest(*self._requests[start], actions)] = rows
+    def _execute(self, place: Array, actions: Array):
+        batch, place = place.shape, np.asarray(place).ravel()
+        actions = np.asarray(actions).reshape(len(place), *actions.shape[-2:])
+        places = [self._places[number] for number in place.tolist()]
+        groups: dict[tuple[EpisodeRequest, int], list[int]] = {}  # a worker resets once for each
+        for row, x in enumerate(places):
+            groups.setdefault((x.start, len(x.before) if x.state is None else -1), []).append(row)
+        rows_of = {
+            BranchRequest(
+                start, places[rows[0]].before, actions[rows], [places[row].state for row in rows]
+            ): rows
+            for (start, _), rows in groups.items()
+        }
         seen: dict[str, np.ndarray] = {}
         for request, result in self._pool.branches(rows_of):
-            parts = {**result.images, "": result.proprio, "done": result.success.astype(np.float32)}
+            rows = rows_of[request]
+            for row in rows:
+                if places[row].state is None:
+                    places[row].state = result.moment
+            kept = [self._keep(request.start, state) for state in result.states]
+            parts = {
+                **result.images,
+                "proprio": result.proprio,
+                "place": np.array(kept, np.int32),
+                "done": result.success.astype(np.float32),
+            }
             for name, x in parts.items():
-                whole = seen.setdefault(name, np.zeros((len(moment), *x.shape[1:]), x.dtype))
-                whole[rows_of[request]] = x
+                whole = seen.setdefault(name, np.zeros((len(place), *x.shape[1:]), x.dtype))
+                whole[rows] = x
         seen = {name: x.reshape(*batch, *x.shape[1:]) for name, x in seen.items()}
-        proprio, done = seen.pop(""), seen.pop("done")
-        return seen, proprio, done  # what is left are the views
+        rest = [seen.pop(name) for name in ("proprio", "place", "done")]
+        return seen, *rest  # what is left are the views
 
 
 def can_repeat(episode: Episode) -> bool:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs import simulated_world
+from mbpo_jax.envs.requests import BranchRequest, EpisodeRequest
 from mbpo_jax.envs.simulated_world import SimulatedWorld, can_repeat
 from mbpo_jax.envs.workers.pool import EnvPool, WorkerError
 from mbpo_jax.types import Observation, Prompt
@@ -65,6 +66,41 @@ def test_a_branch_of_the_recorded_chunks_is_the_recorded_episode(pool, episode):
             np.testing.assert_array_equal(views[row, chunk], episode.images[name][then])
     assert np.abs(seen.proprio[1, 0] - seen.proprio[2, 0]).max() > 0.01
     assert not done.any()
+
+
+def test_a_state_goes_on_in_another_process(episode):
+    """The second worker has never executed what came before, and the first has left it."""
+    drawn = np.random.default_rng(0)
+    other, chunks = drawn.uniform(-1, 1, (2, 10, 7)), episode.actions[1:4, None]
+    start = EpisodeRequest(5, seed=3, max_steps=100)
+    ends = []
+    state = None
+    for chunk in chunks:
+        with EnvPool("libero_10", 1, image_size=32) as pool:
+            if state is not None:
+                aside = BranchRequest(EpisodeRequest(5, seed=4), other[0], other[1][None], [None])
+                next(pool.branches([aside]))
+            before = episode.actions[0]
+            request = BranchRequest(start, before, chunk, [state])
+            _, result = next(pool.branches([request]))
+        (state,) = result.states
+        ends.append(result.proprio[0])
+        for name, view in result.images.items():
+            np.testing.assert_array_equal(view[0], episode.images[name][1 + len(ends)])
+    np.testing.assert_array_equal(ends, episode.proprio[2:5])
+
+
+def test_places_beyond_the_newest_are_forgotten(pool, episode, monkeypatch):
+    monkeypatch.setattr(simulated_world, "_KEPT", 2)
+    world = SimulatedWorld(pool, [episode], branch_chunks=1)
+    state = world.encode({}, observation(episode, [0, 1, 1]), jax.random.key(0))
+    actions = jnp.asarray(episode.actions[[0, 1, 1]])
+    following = world.step({}, state, actions, jax.random.key(0))
+    assert following.memory.place.tolist() == [5, 6, 7]  # behind the five moments
+    again = jax.tree.map(lambda x: x[1:], following)
+    world.step({}, again, actions[1:], jax.random.key(0))
+    with pytest.raises(Exception, match="5"):
+        jax.block_until_ready(world.step({}, following, actions, jax.random.key(0)))
 
 
 def test_only_moments_that_can_be_reached_again_are_starts(pool, episode):

@@ -109,23 +109,27 @@ def run_policy(
 
 
 def run_branches(env: RobosuiteEnv, request: BranchRequest) -> BranchResult:
-    """The continuations of an episode that is executed once more up to the moment they share.
+    """The continuations of an episode, which is executed once more up to the moment that some of
+    them go on from. One that has succeeded stays where it is.
 
     Raises ValueError when the episode ends before that moment.
     """
     env.reset_to(request.start)
-    for action in request.before:
-        env.step(action)
-    if env.success:
-        raise ValueError(f"{request.start} has succeeded within {len(request.before)} steps")
-    moment = env.snapshot()
+    moment = None
+    if any(state is None for state in request.states):
+        for action in request.before:
+            env.step(action)
+        if env.success:
+            raise ValueError(f"{request.start} has succeeded within {len(request.before)} steps")
+        moment = env.snapshot()
     seen = []
-    for actions in request.chunks:
-        env.restore(moment)
+    for actions, state in zip(request.chunks, request.states):
+        env.restore(moment if state is None else state)
         for action in actions:
-            if env.step(action):
+            if env.success:
                 break
-        seen.append((*env.observe(), env.success))
-    images, proprio, success = zip(*seen)
+            env.step(action)
+        seen.append((*env.observe(), env.success, env.snapshot()))
+    images, proprio, success, states = zip(*seen)
     views = {camera: np.stack([x[camera] for x in images]) for camera in env.cameras}
-    return BranchResult(views, np.stack(proprio), np.array(success))
+    return BranchResult(views, np.stack(proprio), np.array(success), list(states), moment)

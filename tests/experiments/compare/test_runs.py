@@ -95,6 +95,8 @@ def still_simulator(config):
                         {camera: np.zeros(size, np.uint8) for camera in config.cameras},
                         np.zeros((len(request.chunks), 8), np.float32),
                         np.zeros(len(request.chunks), bool),
+                        [0] * len(request.chunks),
+                        0,
                     ),
                 )
 
