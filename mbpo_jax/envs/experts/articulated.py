@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mbpo_jax.envs.experts.geometry import leaning, plan_grasp, yaw_along
+from mbpo_jax.envs.experts.geometry import clear_spot, leaning, plan_grasp, yaw_along
 from mbpo_jax.envs.experts.motion import (
     CLOSED,
     OPEN,
@@ -16,7 +16,7 @@ from mbpo_jax.envs.experts.motion import (
     reach,
     retreat,
 )
-from mbpo_jax.envs.experts.pick_place import downward, yaw_of
+from mbpo_jax.envs.experts.pick_place import downward, set_aside, yaw_of
 from mbpo_jax.envs.experts.scene import Part, Scene
 
 _LEAN = 1.3  # of the hand at a handle: level it would touch what lies before the drawer
@@ -108,9 +108,14 @@ def _turn(scene: Scene, part: Part, sense: float, done: Callable[[], bool]) -> A
     yield from let_go(hand, downward(yaw_of(hand.rotation)))
 
 
-def prepare(scene: Scene, target: str) -> Actions:
-    """Opens the drawer that something is to be put into, no further than the hand can do without:
-    what is to be put into it may lie before it."""
+def prepare(scene: Scene, name: str, target: str) -> Actions:
+    """Opens the drawer that an object is to be put into, no further than the hand can do without.
+    Where the hand would then not reach the object from above, it is set aside before."""
     part = scene.part(target)
     if part and part.slides and part.opening < _ROOM - 0.03:
+        outward = part.opening_direction(np.zeros(3))
+        opened = part.points + (_ROOM - part.opening) * outward
+        spot = clear_spot(scene.position(name), opened, outward, scene.obstacles(name))
+        if spot is not None:
+            yield from set_aside(scene, name, spot)
         yield from pull_open(scene, target, _ROOM)

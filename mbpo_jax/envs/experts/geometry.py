@@ -12,6 +12,8 @@ _GRIPPER_WIDTH = 0.0775  # widest thing that fits between the open fingers
 _OPENED, _FINGER, _PALM = 0.046, (0.012, 0.016), (0.105, 0.035, 0.035)
 _WIDE = 0.065  # what is wider is better held otherwise than across all of it
 _HANDLE = 0.025  # how far a handle stands out at least
+_BESIDE = 0.10  # how far from something high the hand can take an object from above
+_FREE = 0.09  # how far from everything else an object is set down
 _SPACING = 0.01  # of the points that stand for a surface
 
 
@@ -270,6 +272,27 @@ def _walls(
     reach = half[:2].max() + np.linalg.norm(part[:, :2], axis=1).max()
     walls = walls[np.linalg.norm(walls - centre[:2], axis=1) < reach + 0.02]
     return np.unique(np.round(walls, 3), axis=0)
+
+
+def clear_spot(
+    spot: np.ndarray, drawer: np.ndarray, outward: np.ndarray, obstacles: np.ndarray
+) -> np.ndarray | None:
+    """The nearest free place [2] for an object at `spot`, where an open drawer is not in the way of
+    the hand; None if it is not where the object is.
+
+    drawer, obstacles: surface points [N, 3] of the drawer when it will be open, and of all else;
+    outward: the horizontal unit vector [3] along which it opens.
+    """
+    spot, outward = spot[:2], outward[:2]
+    along = np.array([-outward[1], outward[0]])
+    missing = (drawer[:, :2] @ outward).max() + _BESIDE - spot @ outward
+    if missing <= 0 or np.abs((drawer[:, :2] - spot) @ along).min() > _BESIDE:
+        return None
+    ways = [(out, side) for out in np.arange(4) * 0.03 for side in np.arange(-5, 6) * 0.03]
+    spots = [spot + outward * (missing + out) + along * side for out, side in ways]
+    room = [np.linalg.norm(obstacles[:, :2] - x, axis=1).min(initial=_FREE) for x in spots]
+    cost = [np.hypot(*way) - 10 * free for way, free in zip(ways, room)]
+    return spots[int(np.argmin(cost))]
 
 
 @dataclasses.dataclass(frozen=True)

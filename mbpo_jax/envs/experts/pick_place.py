@@ -100,9 +100,21 @@ def pick(scene: Scene, name: str) -> Actions:
 
 
 def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
-    """Carries the held object over its target, lowers it, lets go and withdraws."""
-    name, hand = goal[1], scene.hand
-    plan = _destination(scene, goal)
+    """Brings the held object to its target."""
+    yield from _put(scene, goal[1], _destination(scene, goal))
+
+
+def set_aside(scene: Scene, name: str, spot: np.ndarray) -> Actions:
+    """Takes an object and sets it down at a free `spot` [2] of what it stands on."""
+    height = scene.position(name)[2]
+    yield from pick(scene, name)
+    yaw = yaw_of(scene.hand.rotation)
+    yield from _put(scene, name, Placement(spot, height + 0.005, yaw, 0.05))
+
+
+def _put(scene: Scene, name: str, plan: Placement) -> Actions:
+    """Carries the held object over its place, lowers it, lets go and withdraws."""
+    hand = scene.hand
     rotation = downward(plan.yaw)
     start, progress = hand.position[2], Progress()
     # It goes down only near its place, also from a cabinet to the table.

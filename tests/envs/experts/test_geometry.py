@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mbpo_jax.envs.experts.geometry import (
+    clear_spot,
     find_mouth,
     leaning,
     opening_axis,
@@ -104,6 +105,21 @@ def oven(turned):
         ]
     )
     return walls @ rotation_about_vertical(turned).T
+
+
+def test_what_an_open_drawer_would_cover_is_set_aside():
+    # A drawer 20 cm wide that opens along y; open, its front is at y = 0.
+    x, y = np.meshgrid(np.linspace(-0.1, 0.1, 21), np.linspace(-0.2, 0.0, 21))
+    drawer = np.column_stack([x.ravel(), y.ravel(), np.full(x.size, 0.2)])
+    outward, nothing = np.array([0.0, 1.0, 0.0]), np.zeros((0, 3))
+    below = np.array([0.05, -0.02, 0.0])
+    np.testing.assert_allclose(clear_spot(below, drawer, outward, nothing), [0.05, 0.1], atol=1e-9)
+    assert clear_spot(below + [0, 0.121, 0], drawer, outward, nothing) is None  # before it
+    assert clear_spot(below + [0.16, 0, 0], drawer, outward, nothing) is None  # beside it
+    cup = np.array([[0.05, 0.1, 0.0]])
+    found = clear_spot(below, drawer, outward, cup)
+    assert np.linalg.norm(found - cup[0, :2]) == pytest.approx(0.09)
+    assert found[1] >= 0.1
 
 
 @pytest.mark.parametrize("turned", [0.0, np.pi / 2, np.pi, -np.pi / 2])
