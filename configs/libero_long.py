@@ -311,7 +311,7 @@ def _make_mini(c: ml_collections.ConfigDict) -> None:
     c.demonstrations.episodes_per_task = 40
     c.sft.steps = 4000
     c.rollouts.episodes_per_task = 20
-    c.world_model.training.steps = 2200
+    c.world_model.training.steps = 1500
     c.evaluation.episodes_per_task = 25
     c.evaluation.best_of = 1
 
