@@ -4,6 +4,8 @@ import numpy as np
 import optax
 import pytest
 
+from mbpo_jax.policy import inputs
+
 from .conftest import ACTION_DIM, make_observation, make_policy
 
 
@@ -44,3 +46,15 @@ def test_the_token_is_part_of_the_prefix_only_when_asked(observation):
     images, prompt = 2 * 4, 6
     assert plain.encode(params, observation).cache.mask.shape == (3, images + prompt)
     assert conditioned.encode(params, observation).cache.mask.shape == (3, images + prompt + 1)
+
+
+def test_quality_is_rounded_to_one_of_the_last_tokens(observation):
+    prompt = inputs.prompt(observation, make_policy().config)
+    quality, shown = jnp.array([0.0, 0.3, 1.0]), jnp.array([True, True, False])
+    for levels, expected in ((2, [-2, -2, -1]), (3, [-3, -2, -1]), (11, [-11, -8, -1])):
+        config = make_policy(quality_levels=levels).config
+        longer = inputs.with_quality(prompt, config, quality, shown)
+        assert (longer.tokens[:, -1] - config.vocab_size).tolist() == expected
+        assert longer.mask[:, -1].tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="quality_levels is 1"):
+        make_policy(quality_levels=1)
