@@ -72,8 +72,8 @@ def sub_goals(config: Config, episode: Episode) -> np.ndarray:
 
 
 def nearness(frames: Array, goals: Array) -> np.ndarray:
-    """How near each frame is to the next sub-goal, [F], from 0 where the way to it began to 1:
-    one minus the share of the squared pixel error that is left.
+    """How near each frame is to the next sub-goal, [F], from 0 where it is furthest on the way
+    there to 1: one minus the squared pixel error as a share of the largest.
 
     Args:
         frames: [F, ...], pixels of any shape.

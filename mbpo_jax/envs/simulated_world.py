@@ -153,6 +153,11 @@ class SimulatedWorld:
     def _execute(self, place: Array, actions: Array):
         batch, place = place.shape, np.asarray(place).ravel()
         actions = np.asarray(actions).reshape(len(place), *actions.shape[-2:])
+        if gone := set(place.tolist()) - self._places.keys():
+            raise ValueError(
+                f"the simulator's state behind a branch (number {min(gone)}) is no longer kept: "
+                f"imagine at most {_KEPT} branches at a time (rl.imagination_batch)"
+            )
         places = [self._places[number] for number in place.tolist()]
         groups: dict[tuple[EpisodeRequest, int], list[int]] = {}  # a worker resets once for each
         for row, x in enumerate(places):
