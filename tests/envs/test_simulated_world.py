@@ -99,7 +99,7 @@ def test_places_beyond_the_newest_are_forgotten(pool, episode, monkeypatch):
     assert following.memory.place.tolist() == [5, 6, 7]  # behind the five moments
     again = jax.tree.map(lambda x: x[1:], following)
     world.step({}, again, actions[1:], jax.random.key(0))
-    with pytest.raises(Exception, match="number 5.*at most 2 branches"):
+    with pytest.raises(Exception, match=r"number 5.*at most 2 branches"):
         jax.block_until_ready(world.step({}, following, actions, jax.random.key(0)))
 
 
