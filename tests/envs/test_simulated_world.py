@@ -68,26 +68,21 @@ def test_a_branch_of_the_recorded_chunks_is_the_recorded_episode(pool, episode):
     assert not done.any()
 
 
-def test_a_state_goes_on_in_another_process(episode):
-    """The second worker has never executed what came before, and the first has left it."""
-    drawn = np.random.default_rng(0)
-    other, chunks = drawn.uniform(-1, 1, (2, 10, 7)), episode.actions[1:4, None]
-    start = EpisodeRequest(5, seed=3, max_steps=100)
-    ends = []
-    state = None
-    for chunk in chunks:
-        with EnvPool("libero_10", 1, image_size=32) as pool:
-            if state is not None:
-                aside = BranchRequest(EpisodeRequest(5, seed=4), other[0], other[1][None], [None])
-                next(pool.branches([aside]))
-            before = episode.actions[0]
-            request = BranchRequest(start, before, chunk, [state])
-            _, result = next(pool.branches([request]))
-        (state,) = result.states
-        ends.append(result.proprio[0])
+def test_a_state_goes_on_in_another_process(pool, episode):
+    """It has not executed what came before, and it has been in another episode."""
+    start, before = EpisodeRequest(5, seed=3), episode.actions[0]
+    _, first = next(pool.branches([BranchRequest(start, before, episode.actions[[1]], [None])]))
+    drawn = np.random.default_rng(0).uniform(-1, 1, (2, 10, 7))
+    with EnvPool("libero_10", 1, image_size=32) as other:
+        aside = BranchRequest(EpisodeRequest(5, seed=4), drawn[0], drawn[[1]], [None])
+        next(other.branches([aside]))
+        then = BranchRequest(start, before, episode.actions[[2]], first.states)
+        _, second = next(other.branches([then]))
+    assert second.moment is None
+    for result, frame in ((first, 2), (second, 3)):
+        np.testing.assert_array_equal(result.proprio[0], episode.proprio[frame])
         for name, view in result.images.items():
-            np.testing.assert_array_equal(view[0], episode.images[name][1 + len(ends)])
-    np.testing.assert_array_equal(ends, episode.proprio[2:5])
+            np.testing.assert_array_equal(view[0], episode.images[name][frame])
 
 
 def test_places_beyond_the_newest_are_forgotten(pool, episode, monkeypatch):
