@@ -56,7 +56,7 @@ def move(scene: Scene, goal: tuple[str, ...]) -> Actions:
         if mouth is not None:
             yield from _slide_in(scene, name, target, mouth)
             return
-    yield from pick(scene, name)
+    yield from pick(scene, name, goal)
     yield from place(scene, goal)
 
 
@@ -79,13 +79,19 @@ def _slide_in(scene: Scene, name: str, target: str, mouth: Mouth) -> Actions:
     yield from let_go(hand, rotation, outward)
 
 
-def pick(scene: Scene, name: str) -> Actions:
-    """Grasps an object from above and lifts it a little; tries again if it slips."""
+def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
+    """Grasps an object from above and lifts it a little; tries again if it slips. The hand is to
+    have room here, and where an "on" wants the object."""
     hand = scene.hand
     for attempt in range(ATTEMPTS):
         height = scene.position(name)[2]
         obstacles = scene.obstacles(name)
-        grasp = plan_grasp(scene.points(name), obstacles, attempt)
+        crowd = obstacles
+        if goal and goal[0] == "on":
+            plan = _destination(scene, goal)
+            way = np.array([*plan.spot, plan.height]) - scene.position(name)
+            crowd = np.concatenate([obstacles, obstacles - way])  # as they will stand around it
+        grasp = plan_grasp(scene.points(name), crowd, attempt)
         rotation, low = downward(grasp.yaw), grasp.position[2]
         top = scene.points(name)[:, 2].max()
         if attempt:
