@@ -32,6 +32,7 @@ from mbpo_jax.envs.experts.motion import (
 from mbpo_jax.envs.experts.scene import Scene
 
 ATTEMPTS = 3  # grasps of one object
+_HIGH = 0.05  # above an object is what a hand can meet that has it by its top
 _LEAN = 0.9  # of the hand that reaches under a roof
 _FRONT = 0.03  # how far before the middle of such a region something is put
 
@@ -81,7 +82,7 @@ def _slide_in(scene: Scene, name: str, target: str, mouth: Mouth) -> Actions:
 
 def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
     """Grasps an object from above and lifts it a little; tries again if it slips. The hand is to
-    have room here, and where an "on" wants the object."""
+    have room here, and beside the furniture where an "on" wants the object."""
     hand = scene.hand
     for attempt in range(ATTEMPTS):
         height = scene.position(name)[2]
@@ -90,7 +91,9 @@ def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
         if goal and goal[0] == "on":
             plan = _destination(scene, goal)
             way = np.array([*plan.spot, plan.height]) - scene.position(name)
-            crowd = np.concatenate([obstacles, obstacles - way])  # as they will stand around it
+            there = scene.furniture() - way  # as it will stand around the object
+            high = there[:, 2] > scene.points(name)[:, 2].max() + _HIGH
+            crowd = np.concatenate([obstacles, there[high]])
         grasp = plan_grasp(scene.points(name), crowd, attempt)
         rotation, low = downward(grasp.yaw), grasp.position[2]
         top = scene.points(name)[:, 2].max()

@@ -79,6 +79,11 @@ class Scene:
         others = [self.points(other) for other in self._bodies if other != name]
         return np.concatenate([np.zeros((0, 3)), *others])
 
+    def furniture(self) -> np.ndarray:
+        """Surface points [N, 3] of what cannot be carried away."""
+        fixed = [self.points(name) for name in self.env.simulation.fixtures_dict]
+        return np.concatenate([np.zeros((0, 3)), *fixed])
+
     def region(self, name: str) -> Any:
         """LIBERO's record of a region, None for an object."""
         return self._sites.get(name)
