@@ -7,7 +7,8 @@ Variants, chosen as `--config=configs/libero_long.py:NAME`:
             seeds solved 477 of 650 episodes before policy optimisation and 502 after it
             (docs/results.md).
     mini    2 CPU cores, 24 GiB, at most three hours. `micro` on four tasks (0, 1, 2, 5), with one
-            policy and one world model for all of them.
+            policy and one world model for all of them. Never run as a whole: after its 4000 steps
+            of fine-tuning 1 of 22 rollouts succeeded, so it needs more of them.
     small   one GPU, some hours. All ten tasks from scratch; never run as a whole.
     paper   8 x H100, some hours by the bounds of `experiments.plan`; never run. Public π0.5 and
             BAGEL checkpoints by path (`--config.pretrained.policy=DIR
