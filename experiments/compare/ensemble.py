@@ -32,6 +32,11 @@ def scale_of(x: Array) -> dict[str, Array]:
     return {"mean": jnp.mean(x, 0), "std": jnp.std(x, 0) + 1e-6}
 
 
+def neutral_scale(columns: int) -> dict[str, Array]:
+    """The scale by which `standard` changes nothing."""
+    return {"mean": jnp.zeros(columns), "std": jnp.ones(columns)}
+
+
 def standard(x: Array, scale: dict[str, Array]) -> Array:
     """x [*B, D] with zero mean and unit deviation in the data that `scale_of` saw."""
     return (x - scale["mean"]) / scale["std"]

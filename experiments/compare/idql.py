@@ -67,7 +67,7 @@ class Critics:
         return {
             "q": ensemble.init(q_key, (self.features + self.actions, *hidden, 1), 2),
             "v": ensemble.init(v_key, (self.features, *hidden, 1), 1),
-            "scale": {"mean": jnp.zeros(self.features), "std": jnp.ones(self.features)},
+            "scale": ensemble.neutral_scale(self.features),
         }
 
 

@@ -146,7 +146,7 @@ class Expected:
         sizes = (self.features, self.width, self.width, 1)
         return {
             "layers": ensemble.init(key, sizes, 1),
-            "scale": {"mean": jnp.zeros(self.features), "std": jnp.ones(self.features)},
+            "scale": ensemble.neutral_scale(self.features),
         }
 
 
