@@ -116,6 +116,9 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.demonstrations = ml_collections.ConfigDict()
     c.demonstrations.episodes_per_task = 50
     c.demonstrations.action_noise = (0.0, 0.1, 0.2)  # a level is drawn per episode
+    # Metres by which the expert grasps and puts down beside where it means to (one standard
+    # deviation): people do not aim alike every time.
+    c.demonstrations.aim_error = 0.0
     c.demonstrations.render_every = 5  # steps between stored frames; divides chunk
 
     policy = dataclasses.asdict(policy_config.variants()["pi05"])

@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="level of the smooth noise on the actions, as demonstrations have it (default 0)",
     )
+    add(
+        "--aim_error",
+        type=number(float, 0),
+        default=0.0,
+        help="metres by which grasps and placings are off, one standard deviation (default 0)",
+    )
     add("--out", type=Path, metavar="DIR", help="keep results in DIR/expert.json, continue them")
     add("--gifs", action="store_true", help="films in --out of a success and a failure per task")
     add("--workers", type=number(int, 1), default=2, help="simulators, 2.5 GB each (default 2)")
@@ -75,7 +81,8 @@ def _measure(options: argparse.Namespace) -> str:
         for suite, tasks in wanted.items()
         for task in tasks
     }
-    records = Records(options.out, {"max_steps": options.max_steps, "jitter": options.jitter})
+    settings = ("max_steps", "jitter", "aim_error")
+    records = Records(options.out, {name: getattr(options, name) for name in settings})
     for suite, tasks in wanted.items():
         able = [task for task in tasks if not reasons[suite, task]]
         _run(options, suite, able, records)
@@ -194,6 +201,7 @@ def _requester(options: argparse.Namespace, video_size: int = 0) -> Callable:
             seed=seed,
             max_steps=options.max_steps,
             action_noise=(options.jitter,),
+            aim_error=options.aim_error,
             render_every=10,
             video_size=video_size,
         )

@@ -17,6 +17,8 @@ class EpisodeRequest:
     seed / init_state_id: a random reset, or a fixed initial state; exactly one is >= 0.
     max_steps: length after which the episode has failed.
     action_noise: levels of the jitter on the expert's actions; an episode draws one of them.
+    aim_error: how far the expert grasps and puts down beside where it means to: standard deviation
+        in metres of each horizontal direction, drawn anew for every grasp and every placing.
     render_every: stride of the frames in steps; divides the chunk, so that the frame a chunk later
         is there too. The chunk itself: a policy's frames are those that it sees.
     success_frames: last frames of a policy's success that are drawn; those before the very last are
@@ -31,6 +33,7 @@ class EpisodeRequest:
     init_state_id: int = -1
     max_steps: int = 520
     action_noise: tuple[float, ...] = (0.0,)
+    aim_error: float = 0.0
     render_every: int = 5
     success_frames: int = 5
     video_size: int = 0
@@ -46,6 +49,8 @@ class EpisodeRequest:
             raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
         if not self.action_noise or min(self.action_noise) < 0:
             raise ValueError(f"action_noise needs levels >= 0, not {self.action_noise}")
+        if not self.aim_error >= 0:
+            raise ValueError(f"aim_error must be >= 0 metres, not {self.aim_error}")
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbpo_jax.envs.experts import libero_expert, two_arm_expert
+from mbpo_jax.envs.experts.motion import Miss, exactly
 from mbpo_jax.envs.sim import libero, libero_suites, two_arm_lift
 from mbpo_jax.envs.sim.simulator import (
     ACTIONS_PER_ARM,
@@ -21,7 +22,7 @@ SUITES = {**libero_suites.SUITES, **two_arm_lift.SUITES}  # unperturbed; name ->
 class _Adapter(NamedTuple):
     task_info: Callable[[str, int], TaskInfo]
     environment: type[RobosuiteEnv]
-    plan: Callable[[Any], Iterator[np.ndarray]]
+    plan: Callable[[Any, Miss], Iterator[np.ndarray]]
     arms: int
     cameras: tuple[str, ...]
 
@@ -67,10 +68,11 @@ def make_env(suite: str, task_id: int, **settings: Any) -> RobosuiteEnv:
     return _adapter(suite).environment(suite, task_id, **settings)
 
 
-def expert_actions(env: RobosuiteEnv) -> Iterator[np.ndarray]:
-    """The actions [A] of the scripted expert from where the episode is now. Raises ValueError for a
-    task that it cannot do."""
-    return _adapter(env.suite).plan(env)
+def expert_actions(env: RobosuiteEnv, miss: Miss = exactly) -> Iterator[np.ndarray]:
+    """The actions [A] of the scripted expert from where the episode is now. `miss` is called for
+    how far [2] (metres, horizontally) it grasps or puts down beside where it means to. Raises
+    ValueError for a task that it cannot do."""
+    return _adapter(env.suite).plan(env, miss)
 
 
 def cameras(suite: str) -> tuple[str, ...]:

@@ -85,6 +85,7 @@ def _demonstration(config: Config, task: int, number: int) -> EpisodeRequest:
         seed=seeds.reset(config.seed, "demonstrations", number),
         max_steps=config.max_steps,
         action_noise=tuple(config.demonstrations.action_noise),
+        aim_error=config.demonstrations.aim_error,
         render_every=config.demonstrations.render_every,
     )
 

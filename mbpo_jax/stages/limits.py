@@ -51,6 +51,7 @@ NUMBERS = {
     "demonstrations.episodes_per_task": Number(1, 12_500),
     "rollouts.episodes_per_task": Number(1, 850_000),
     "demonstrations.action_noise": Number(),
+    "demonstrations.aim_error": Number(),
     "evaluation.episodes_per_task": COUNT_OR_NONE,
     "evaluation.resets_per_task": COUNT_OR_NONE,
     "value.steps": COUNT_OR_NONE,

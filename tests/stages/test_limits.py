@@ -20,6 +20,7 @@ WRONG = {
     "demonstrations.render_every": (0, 3),
     "demonstrations.episodes_per_task": (0, 50_000),
     "demonstrations.action_noise": ((0.1, -0.1), (math.nan,)),
+    "demonstrations.aim_error": (-0.01, math.nan),
     "sft.batch_size": (0, -3, 10**12),
     "sft.learning_rate": (-1.0, math.inf, math.nan),
     "sft.grad_clip": (0.0,),

@@ -14,7 +14,7 @@ from mbpo_jax.envs.experts.articulated import (
     turn_off,
     turn_on,
 )
-from mbpo_jax.envs.experts.motion import Actions
+from mbpo_jax.envs.experts.motion import Actions, Miss
 from mbpo_jax.envs.experts.pick_place import move
 from mbpo_jax.envs.experts.scene import Scene
 from mbpo_jax.envs.sim.libero import LiberoEnv
@@ -47,10 +47,11 @@ def check_supported(env: LiberoEnv) -> None:
         )
 
 
-def plan(env: LiberoEnv) -> Actions:
-    """Actions [7] that achieve the goal. Raises ValueError for a goal that is not supported."""
+def plan(env: LiberoEnv, miss: Miss) -> Actions:
+    """Actions [7] that achieve the goal, `miss` [2] beside every place that is aimed at. Raises
+    ValueError for a goal that is not supported."""
     check_supported(env)
-    return _achieve(Scene(env))
+    return _achieve(Scene(env, miss))
 
 
 def _achieve(scene: Scene) -> Actions:

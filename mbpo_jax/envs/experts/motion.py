@@ -4,13 +4,14 @@ Every motion is a proportional law on the distance to a target, so that the acti
 a network can imitate them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from mbpo_jax.envs.sim.simulator import RobosuiteEnv
 
 Actions = Iterator[np.ndarray]
+Miss = Callable[[], np.ndarray]  # how far [2] beside its place the next grasp or placing goes
 
 OPEN, CLOSED = -1.0, 1.0
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # the hand at yaw 0
@@ -19,6 +20,11 @@ UP = np.array([0.0, 0.0, 1.0])
 
 _METRES, _RADIANS = 0.05, 0.5  # what an action of 1.0 commands
 _GAIN = 0.8  # at 1.5 the arm arrives sooner, but a network imitates the last centimetres worse
+
+
+def exactly() -> np.ndarray:
+    """The `Miss` of an expert that misses nothing."""
+    return np.zeros(2)
 
 
 class Hand:

@@ -95,6 +95,7 @@ def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
             high = there[:, 2] > scene.points(name)[:, 2].max() + _HIGH
             crowd = np.concatenate([obstacles, there[high]])
         grasp = plan_grasp(scene.points(name), crowd, attempt)
+        grasp = dataclasses.replace(grasp, position=grasp.position + [*scene.miss(), 0.0])
         rotation, low = downward(grasp.yaw), grasp.position[2]
         top = scene.points(name)[:, 2].max()
         if attempt:
@@ -110,7 +111,9 @@ def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
 
 def place(scene: Scene, goal: tuple[str, ...]) -> Actions:
     """Brings the held object to its target."""
-    yield from _put(scene, goal[1], _destination(scene, goal))
+    plan = _destination(scene, goal)
+    spot = plan.spot + scene.miss()
+    yield from _put(scene, goal[1], dataclasses.replace(plan, spot=spot))
 
 
 def set_aside(scene: Scene, name: str, spot: np.ndarray) -> Actions:

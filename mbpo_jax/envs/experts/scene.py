@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from mbpo_jax.envs.experts.geometry import body_points
-from mbpo_jax.envs.experts.motion import Hand
+from mbpo_jax.envs.experts.motion import Hand, Miss
 from mbpo_jax.envs.sim.libero import LiberoEnv
 
 _SLIDE = 2  # mjtJoint
@@ -49,10 +49,11 @@ class Part:
 
 
 class Scene:
-    """Poses and surfaces by the names of the goal."""
+    """Poses and surfaces by the names of the goal. `miss` gives how far [2] the next grasp or
+    placing is off."""
 
-    def __init__(self, env: LiberoEnv):
-        self.env = env
+    def __init__(self, env: LiberoEnv, miss: Miss):
+        self.env, self.miss = env, miss
         self.hand = Hand(env)
         self._bodies = env.simulation.obj_body_id
         self._sites = env.simulation.object_sites_dict

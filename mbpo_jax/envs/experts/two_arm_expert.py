@@ -4,11 +4,11 @@ Both hands move in step: they open over their handles, come down around them, cl
 together, the higher hand waiting for the lower one so that the pot stays level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-from mbpo_jax.envs.experts.motion import CLOSED, OPEN, Hand
+from mbpo_jax.envs.experts.motion import CLOSED, OPEN, Actions, Hand, Miss
 from mbpo_jax.envs.sim.two_arm_lift import TwoArmLiftEnv
 
 _ATTEMPTS = 3
@@ -19,12 +19,11 @@ _ARRIVED = (0.025, 0.015)
 _LIFT = 0.16  # metres
 _PACE = 0.5  # of the fastest command, for the lift
 
-Actions = Iterator[np.ndarray]
 
-
-def plan(env: TwoArmLiftEnv) -> Actions:
-    """Actions [14] that lift the pot; begins anew if a handle slips."""
-    arms = [_GraspingHand(env, arm) for arm in range(2)]
+def plan(env: TwoArmLiftEnv, miss: Miss) -> Actions:
+    """Actions [14] that lift the pot, each hand `miss` [2] beside its handle; begins anew if one
+    slips."""
+    arms = [_GraspingHand(env, arm, miss()) for arm in range(2)]
     for _ in range(_ATTEMPTS):
         yield from _both(arms, lambda arm: arm.approach(), lambda arm: arm.arrived, 80)
         yield from _both(arms, lambda arm: arm.close(), lambda arm: False, 8)
@@ -35,8 +34,9 @@ def plan(env: TwoArmLiftEnv) -> Actions:
 class _GraspingHand:
     """One arm with the handle that it is for."""
 
-    def __init__(self, env: TwoArmLiftEnv, arm: int):
+    def __init__(self, env: TwoArmLiftEnv, arm: int, miss: np.ndarray):
         self._env, self._arm, self.hand = env, arm, Hand(env, arm)
+        self._miss = np.array([*miss, 0.0])
 
     @property
     def grasp(self) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +46,7 @@ class _GraspingHand:
         if outwards @ self.hand.rotation[:, 0] < 0:
             outwards = -outwards
         down = np.array([0.0, 0.0, -1.0])
-        return position, np.column_stack([outwards, np.cross(down, outwards), down])
+        return position + self._miss, np.column_stack([outwards, np.cross(down, outwards), down])
 
     @property
     def arrived(self) -> bool:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -21,15 +20,18 @@ _JITTER_MEMORY = 0.85
 
 
 def run_expert(
-    env: RobosuiteEnv, request: EpisodeRequest, plan: Callable[[Any], Iterator[np.ndarray]]
+    env: RobosuiteEnv,
+    request: EpisodeRequest,
+    plan: Callable[..., Iterator[np.ndarray]],
 ) -> EpisodeResult:
     """One episode of an expert, with frames if it succeeded.
 
-    `plan` gives the expert's actions [A] from the start of the episode on. Executed are these plus
-    autoregressive jitter on all dimensions but the grippers', whose level is drawn from
-    `request.action_noise`; the labels are the expert's. Frames are at every `request.render_every`
-    steps from an offset drawn from the seed, and at the last 5 steps. Raises ValueError for a
-    stride that does not divide the chunk, and what `plan` raises.
+    `plan` gives the expert's actions [A] from the start of the episode on, and calls its second
+    argument for how far [2] it misses the next place that it aims at (`request.aim_error`).
+    Executed are these actions plus autoregressive jitter on all dimensions but the grippers', whose
+    level is drawn from `request.action_noise`; the labels are the expert's. Frames are at every
+    `request.render_every` steps from an offset drawn from the seed, and at the last 5 steps. Raises
+    ValueError for a stride that does not divide the chunk, and what `plan` raises.
     """
     started = time.perf_counter()
     if env.chunk % request.render_every:
@@ -41,10 +43,11 @@ def run_expert(
     level = request.action_noise[random.integers(len(request.action_noise))]
     offset = int(random.integers(request.render_every))
     recorder = Recorder(env)
+    aiming = np.random.default_rng([max(request.seed, 0), request.init_state_id + 1, 1])
     sent, labels = [], []
     moving = np.flatnonzero(env.jitter_scale)
     jitter = np.zeros(len(moving))
-    for label in plan(env):
+    for label in plan(env, lambda: request.aim_error * aiming.normal(size=2)):
         innovation = random.normal(size=len(moving)) * np.sqrt(1 - _JITTER_MEMORY**2)
         jitter = _JITTER_MEMORY * jitter + innovation
         action = label.copy()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mbpo_jax.envs.experts.libero_expert import check_supported
+from mbpo_jax.envs.experts.motion import Hand
 from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.sim.rollout import run_expert
 from mbpo_jax.envs.suites import expert_actions
@@ -53,6 +54,34 @@ def test_jitter_is_on_the_sent_actions_of_the_arm_only(book_env):
     np.testing.assert_array_equal(difference[..., 6], 0)
     assert np.abs(noisy.actions).max() <= 1
     assert np.abs(noisy.target_actions).max() <= 1
+
+
+def test_an_expert_that_misses_grasps_and_puts_down_beside_its_places(book_env, clean):
+    misses = []
+
+    def closed_at(miss):
+        book_env.reset_to(EpisodeRequest(5, seed=2))
+        for action in expert_actions(book_env, miss):
+            if action[6] > 0:
+                return Hand(book_env).position
+            book_env.step(action)
+
+    def by_15_mm():
+        misses.append(np.array([0.015, 0.0]))
+        return misses[-1]
+
+    off = closed_at(by_15_mm) - closed_at(lambda: np.zeros(2))
+    np.testing.assert_allclose(off, [0.015, 0, 0], atol=0.008)
+    assert len(misses) == 1
+    book_env.reset_to(EpisodeRequest(5, seed=2))
+    for action in expert_actions(book_env, by_15_mm):
+        book_env.step(action)
+        if book_env.over:
+            break
+    assert len(misses) >= 3  # a grasp and a placing more
+    one, other = (run(book_env, 5, seed=2, aim_error=0.015).episode for _ in range(2))
+    np.testing.assert_array_equal(one.actions, other.actions)
+    assert not np.array_equal(one.actions[:5], clean.actions[:5])
 
 
 def test_a_repeat_is_equal_bit_for_bit_whatever_came_between(book_env, clean):
