@@ -197,6 +197,10 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
 
     c.selection = ml_collections.ConfigDict()
     c.selection.resets_per_task = 200
+
+    c.siblings = ml_collections.ConfigDict()
+    c.siblings.start_states = 24
+    c.siblings.group_size = 12  # chunks from each, imagined and executed
     return c
 
 
@@ -306,6 +310,7 @@ def _make_tiny(c: ml_collections.ConfigDict) -> None:
     c.rl.update({"critic_warmup": 1, "checkpoint_every": 2})
     c.evaluation.update({"episodes_per_task": 2, "video_size": 64, "best_of": 2})
     c.selection.resets_per_task = 2
+    c.siblings.update({"start_states": 2, "group_size": 3})
 
 
 def _make_mini(c: ml_collections.ConfigDict) -> None:

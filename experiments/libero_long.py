@@ -39,9 +39,9 @@ def run_suite(name: str, default_stages: tuple[str, ...] = ()) -> None:
             "stages",
             list(default_stages),
             "comma-separated stages to run: demonstrations, sft, rollouts, world_model, fidelity, "
-            "value, selection, improve, evaluate, report; without a list all but fidelity and "
-            "selection. A robot without a simulator has imagine instead of evaluate, and neither "
-            "fidelity nor selection",
+            "value, selection, siblings, improve, evaluate, report; without a list all but "
+            "fidelity, selection and siblings. A robot without a simulator has imagine instead of "
+            "evaluate, and none of those three",
         )
         coordinator = flags.DEFINE_string(
             "coordinator", None, "HOST:PORT of process 0 of several; by default from the cluster"

@@ -42,6 +42,7 @@ NEEDS = {
     "fidelity": _DATA | _WORLD,
     "value": _DATA | _SFT | _WORLD,
     "selection": _SFT | _WORLD | _VALUE,
+    "siblings": {"rollouts": ("dataset",)} | _SFT | _WORLD | _VALUE,
     "improve": _DATA | _SFT | _WORLD | _VALUE,
     "imagine": _DATA | _SFT | _WORLD | _IMPROVED,
     "evaluate": _SFT | _WORLD | _VALUE | _IMPROVED,

@@ -25,6 +25,7 @@ from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.limits import check_config
 from mbpo_jax.stages.recorded import take_demonstrations, take_rollouts
 from mbpo_jax.stages.select_chunks import select_chunks
+from mbpo_jax.stages.siblings import compare_siblings
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.interruption import Interrupted, interruptible
 from mbpo_jax.training.metrics import check_loggers
@@ -71,6 +72,7 @@ STAGES = {
         "value",
         on_request=True,
     ),
+    "siblings": Stage(compare_siblings, ("siblings",), "value", on_request=True),
     "improve": Stage(improve_policy, ("rl",), "value", shared=True),
     "evaluate": Stage(evaluate, ("evaluation",), "improve"),
 }

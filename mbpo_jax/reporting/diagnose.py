@@ -10,7 +10,7 @@ from mbpo_jax.selection import CHOICES
 from mbpo_jax.stages.statistics import mcnemar_exact
 from mbpo_jax.stages.workspace import StageError, Workspace
 
-STAGES = ("world_model", "value", "selection", "improve", "evaluate")
+STAGES = ("world_model", "value", "selection", "siblings", "improve", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,13 @@ def read_pool(folder: Path) -> list[dict[str, dict]]:
 def gates(runs: Sequence[Mapping[str, dict]]) -> list[Gate]:
     """The gates of a run, or of several pooled: figures are means over runs, successes and paired
     tests are over all their episodes."""
-    return [*_imagination(runs), *_value(runs), *_selection(runs), *_optimisation(runs)]
+    return [
+        *_imagination(runs),
+        *_value(runs),
+        *_selection(runs),
+        *_siblings(runs),
+        *_optimisation(runs),
+    ]
 
 
 def table(found: Sequence[Gate]) -> str:
@@ -141,6 +147,19 @@ def _selection(runs: Sequence[Mapping]) -> Iterator[Gate]:
         rate = {name: _pooled(chosen, name) for name in CHOICES}
         yield Gate("selection: best - worst (points)", rate["best"] - rate["worst"], 35)
         yield Gate("selection: best - random (points)", rate["best"] - rate["random"], 15)
+
+
+def _siblings(runs: Sequence[Mapping]) -> Iterator[Gate]:
+    compared = [run["siblings"] for run in runs if "siblings" in run]
+    for kind in ("imagined", "real"):
+
+        def known(found, kind=kind):
+            first = found[kind][0] if kind == "imagined" else found[kind]
+            return first["correlation"]
+
+        if compared:
+            name = f"siblings: return after 1 {kind} chunk tells success"
+            yield Gate(name, _mean(compared, known), 0.2)
 
 
 def _optimisation(runs: Sequence[Mapping]) -> Iterator[Gate]:

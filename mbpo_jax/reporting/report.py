@@ -133,6 +133,13 @@ def _one_line(stage: str, s: dict) -> str:
         return "starts fresh"
     if stage == "selection":
         return "; ".join(f"{name} {_rate(p)}" for name, p in s["resets"].items())
+    if stage == "siblings":
+        known = ", ".join(f"{x['correlation']:.2f}" for x in s["imagined"])
+        return (
+            f"success of chunks from one state: repeats by {s['repeatable']['correlation']:.2f}; "
+            f"known to imagination after 1, 2, … chunks by {known}, "
+            f"to the value of the real next state by {s['real']['correlation']:.2f}"
+        )
     if stage == "improve":
         return (
             f"imagined success {s['imagined_success_first']:.3f} → "

@@ -27,6 +27,7 @@ def run(unexplained=0.2, improved=130):
                 for n, s in {"worst": 60, "random": 100, "sampled": 110, "best": 140}.items()
             }
         },
+        "siblings": {"imagined": [{"correlation": 0.3}], "real": {"correlation": 0.1}},
         "evaluate": {
             "resets": {n: {"successes": s, "episodes": 200} for n, s in rate.items()},
             "paired_resets": {"improved": {"first_only": 20, "second_only": improved - 80}},
@@ -43,6 +44,7 @@ def test_gates_of_a_run():
     assert missed([run()]) == [
         "head: unexplained after 4 chunks",  # 0.45
         "value: AUC of imagined held-out frames",  # NaN never passes
+        "siblings: return after 1 real chunk tells success",
     ]
     assert found["selection: best - worst (points)"].figure == 40
     assert found["selection: best - random (points)"].figure == 20
@@ -70,5 +72,5 @@ def test_a_pool_that_is_none(tmp_path):
             read_pool(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"stages": {**run(), "sft": {}}}))
     assert [set(r) for r in read_pool(tmp_path)] == [
-        {"world_model", "value", "selection", "evaluate"}
+        {"world_model", "value", "selection", "siblings", "evaluate"}
     ]

@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from mbpo_jax.stages.statistics import mcnemar_exact, newcombe_interval, wilson_interval
+from mbpo_jax.stages.statistics import (
+    mcnemar_exact,
+    newcombe_interval,
+    wilson_interval,
+    within_groups,
+)
 
 
 def test_wilson_interval_of_a_half():
@@ -38,3 +43,14 @@ def test_mcnemar_by_hand():
     assert mcnemar_exact(1, 5) == pytest.approx(14 / 64, abs=1e-12)
     assert mcnemar_exact(0, 0) == 1.0
     assert mcnemar_exact(3, 3) == 1.0
+
+
+def test_correlation_within_groups_by_hand():
+    # Deviations: x (-1, 0, 1) and (-1, 1, 0), y (-1, 0, 1) and (1, 0, -1); 2 - 1 over sqrt(4 · 4).
+    # Between the groups, 100 apart in x and -100 in y, it would be -1.
+    x, y = [0, 1, 2, 100, 102, 101], [0, 1, 2, -99, -100, -101]
+    found = within_groups(np.array(x), np.array(y), 3)
+    assert found["correlation"] == pytest.approx(1 / 4, abs=1e-6)
+    # A bootstrap sample of two groups is one of them twice (1 or -1/2) or both.
+    assert found["interval"] == pytest.approx([-0.5, 1.0], abs=1e-6)
+    assert within_groups(np.ones(6), np.array(y), 3)["correlation"] == 0.0

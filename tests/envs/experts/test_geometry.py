@@ -93,6 +93,24 @@ def test_a_drawer_is_filled_where_the_hand_clears_what_is_above_it():
     assert alone.spot[1] == pytest.approx(-0.032, abs=0.007)
 
 
+def test_what_is_wide_above_alone_passes_a_low_wall_that_it_would_meet_as_a_whole():
+    # A bowl, 4 cm wide for its lower 3 cm and 10 cm above, between a drawer's front (y = -0.05, up
+    # to the rim at 0.1) and the cabinet over it (y = 0.05): 10 cm, and 1.2 cm of room at each.
+    # Its lower end is free from y = -0.05 + 0.02 + 0.012 on, its upper to 0.05 - 0.05 - 0.012.
+    front, cabinet = (
+        box((0.3, 0.01, 0.1), (0, -0.055, 0.05)),
+        box((0.3, 0.01, 0.3), (0, 0.055, 0.26)),
+    )
+    bowl = np.concatenate(
+        [box((0.04, 0.04, 0.02), (0, 0, -0.02)), box((0.1, 0.1, 0.03), (0, 0, 0.015))]
+    )
+    half = np.array([0.1, 0.08, 0.05])
+    walls = np.concatenate([front, cabinet])
+    plan = plan_insertion(bowl, ABOVE, 0.0, walls, 0.1, np.zeros(3), half)
+    assert -0.0185 < plan.spot[1] < -0.0115
+    assert plan.height == pytest.approx(0.1 - 0.03 + 0.03)
+
+
 def oven(turned):
     """A box that is open towards -y before it is turned, its middle 3 cm beside the region's."""
     walls = np.concatenate(
