@@ -170,6 +170,14 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl = ml_collections.ConfigDict(dataclasses.asdict(mbpo.Settings()))  # described there
     c.rl.critic_warmup = 50 if suite == "libero_10" else 10
     c.rl.flow = ml_collections.ConfigDict(flow)
+    # "ppo", the paper's, or "ranked": SFT goes on with the best of each group of imagined chunks
+    # (`mbpo_jax.stages.rank_chunks`).
+    c.rl.method = "ppo"
+    c.rl.ranked = _training(steps=1000, learning_rate=2.5e-6)
+    c.rl.ranked.batch_size = 256
+    c.rl.ranked.start_states = 1280  # groups
+    c.rl.ranked.chunks = 1  # how far each is imagined before the value counts
+    c.rl.ranked.kept = 2  # best chunks of each group
     c.rl.world = "world_model"  # or "simulator": what an exact model would give
     c.rl.start_states_from = "dataset"  # or "episode_start", for full-horizon imagination
     c.rl.start_states = 1280 if suite == "libero_10" else 512  # M branches per refill
@@ -236,9 +244,12 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.max_steps = 160  # the scripted expert needs about 80
     c.matmul_precision = "BF16_BF16_F32"
     c.parallel.fsdp = 1
-    c.demonstrations.episodes_per_task = 64
+    # What scripted demonstrations lack of people's: many ways to do the same. A policy that has
+    # seen but one way has no better and worse chunks to choose among (docs/what_we_tried.md).
+    c.demonstrations.episodes_per_task = 256
+    c.demonstrations.aim_error = 0.02
 
-    c.sft.steps = 2000
+    c.sft.steps = 3000
     c.sft.batch_size = 32
     c.sft.learning_rate = 1.5e-3
     c.sft.matrix_learning_rate = 0.02
@@ -262,8 +273,12 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
 
     c.evaluation.best_of = 16
     c.value.steps = 2000
-    # 16 branches from every start, compared with each other by the probability of success on the
-    # way and the value at their ends (docs/what_we_tried.md).
+    c.rl.method = "ranked"
+    c.rl.ranked.update({"steps": 800, "learning_rate": 3e-4, "matrix_learning_rate": 0.004})
+    c.rl.ranked.update({"batch_size": 32, "start_states": 1920, "warmup_steps": 20})
+    c.rl.ranked.update({"ema_decay": 0.99, "checkpoint_every": 200})
+    # Of rl.method=ppo: 16 branches from every start, compared with each other by the probability of
+    # success on the way and the value at their ends.
     c.rl.flow.method = "smooth"
     c.rl.flow.noise_std = 0.08
     c.rl.flow.steps = 5  # as the policy acts
@@ -303,6 +318,7 @@ def _make_tiny(c: ml_collections.ConfigDict) -> None:
     w.model.vit.num_layers = 1
     w.training.update({"steps": 2, "log_every": 1})
 
+    c.rl.ranked.update({"steps": 2, "start_states": 4, "kept": 1, "log_every": 1})
     c.rl.update({"start_states": 4, "imagination_batch": 2, "minibatch_size": 4})
     c.rl.update({"group_size": 2, "branch_chunks": 2, "dual_clip": 0.0})
     c.value.steps = 10

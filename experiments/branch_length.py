@@ -41,7 +41,7 @@ def with_branches(config: ml_collections.ConfigDict, length: str) -> ml_collecti
         rl.branch_chunks = int(length)
     else:
         raise ValueError(f"--chunks holds {length!r}: branches have 1 to {full} chunks, or 'full'")
-    group = rl.group_size
+    rl.method, group = "ppo", rl.group_size
     rl.start_states = max(1, chunks // rl.branch_chunks // group) * group
     rl.imagination_batch = math.gcd(rl.imagination_batch, rl.start_states)
     rl.minibatch_size = min(rl.minibatch_size, rl.start_states * rl.branch_chunks)

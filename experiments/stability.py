@@ -106,8 +106,9 @@ def run(
 
     resets = config.evaluation.resets_per_task > 0
     kind = "resets" if resets else "policies"
+    rl = config.rl.to_dict() | {"method": "ppo"}
     configs = {
-        task: ml_collections.ConfigDict(config.to_dict() | {"tasks": (task,)}).lock()
+        task: ml_collections.ConfigDict(config.to_dict() | {"tasks": (task,), "rl": rl}).lock()
         for task in tasks
     }
     wanted = {task: variants(own, entries) for task, own in configs.items()}

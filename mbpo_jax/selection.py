@@ -5,6 +5,7 @@ put into the weights (best of N as in MAC; model-predictive control with a polic
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,48 +21,28 @@ def chunk_scores(done: Array, value: Array, discount: float, reward_weight: floa
     return reward_weight * done + (1.0 - done) * discount * value
 
 
-def best_of(
-    policy: Any,
-    world: WorldModel,
-    count: int,
-    discount: float,
-    reward_weight: float,
-    choice: str = "best",
-    chunks: int = 1,
-) -> Callable[[Params, Observation, Array], Array]:
-    """The acting function `(params, observation [1], key) -> actions [1, k, A]`: of `count` samples
-    the one with the highest (or lowest) expected return, or a "random" one.
+def proposals(
+    policy: Any, world: WorldModel, count: int, discount: float, reward_weight: float, chunks: int
+) -> Callable[[Params, Observation, Array], tuple[Array, Array]]:
+    """The function `(params, observation [1], key) -> (samples [count, k, A], expected returns
+    [count])` of chunks as `policy.act` gives them; the first one is what it gives for this key.
 
-    The first of them is the chunk that `policy.act` gives for the same key, the others are sampled
-    as in policy optimisation, with its exploration. Each is imagined, then what `policy.act` would
-    do behind it, `chunks` chunks in all, and the value counts at the end of that.
-
-    params are {"policy": who samples, "value": whose critic judges, "world": the world model's}.
+    Each is imagined, then what `policy.act` would do behind it, `chunks` chunks in all, and the
+    value counts at the end of that. params are {"policy": who samples, "value": whose critic
+    judges, "world": the world model's}.
 
     Raises:
-        ValueError: fewer than one chunk, or an unknown choice.
+        ValueError: fewer than one chunk.
     """
     if count < 1:
         raise ValueError(f"best_of is {count}: choose among 1 chunk or more")
     if chunks < 1:
         raise ValueError(f"best_of_chunks is {chunks}: imagine 1 chunk or more")
-    if choice not in CHOICES:
-        raise ValueError(f"choice is {choice!r}; there are {', '.join(CHOICES)}")
-    pick = jnp.argmin if choice == "worst" else jnp.argmax
 
-    def act(params: Params, observation: Observation, key: Array) -> Array:
-        first = policy.act(params["policy"], observation, key)
-        if count == 1:
-            return first
-        prefix = policy.encode(params["policy"], observation)
-        keys = jnp.stack([jax.random.fold_in(key, i) for i in range(1, count)])
-        others = jax.vmap(lambda k: policy.sample(params["policy"], prefix, k).actions[0])(keys)
-        samples = jnp.concatenate([first, others])
-        if choice == "random":
-            return samples[jax.random.randint(jax.random.fold_in(key, 0), (1,), 0, count)]
-        return samples[pick(expected_return(params, observation, samples, key))][None]
-
-    def expected_return(params: Params, observation: Observation, actions: Array, key: Array):
+    def propose(params: Params, observation: Observation, key: Array) -> tuple[Array, Array]:
+        keys = jnp.stack([key, *(jax.random.fold_in(key, i) for i in range(1, count))])
+        act = partial(policy.act, params["policy"], observation)
+        actions = samples = jax.vmap(lambda k: act(k)[0])(keys)
         key = jax.random.fold_in(key, count)
         state = world.encode(params["world"], observation, key)
         state = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), state)
@@ -75,6 +56,37 @@ def best_of(
         score = policy.value(params["value"], policy.encode(params["value"], state.observation))
         for probability in reversed(done):
             score = chunk_scores(probability, score, discount, reward_weight)
-        return score
+        return samples, score
+
+    return propose
+
+
+def best_of(
+    policy: Any,
+    world: WorldModel,
+    count: int,
+    discount: float,
+    reward_weight: float,
+    choice: str = "best",
+    chunks: int = 1,
+) -> Callable[[Params, Observation, Array], Array]:
+    """The acting function `(params, observation [1], key) -> actions [1, k, A]`: of `count`
+    `proposals` the one with the highest (or lowest) expected return, or a "random" one.
+
+    Raises:
+        ValueError: fewer than one chunk, or an unknown choice.
+    """
+    propose = proposals(policy, world, count, discount, reward_weight, chunks)
+    if choice not in CHOICES:
+        raise ValueError(f"choice is {choice!r}; there are {', '.join(CHOICES)}")
+    pick = jnp.argmin if choice == "worst" else jnp.argmax
+
+    def act(params: Params, observation: Observation, key: Array) -> Array:
+        if count == 1:
+            return policy.act(params["policy"], observation, key)
+        samples, score = propose(params, observation, key)
+        if choice == "random":
+            return samples[jax.random.randint(jax.random.fold_in(key, 0), (1,), 0, count)]
+        return samples[pick(score)][None]
 
     return act

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -12,9 +13,7 @@ from mbpo_jax.stages.workspace import StageError, Workspace
 
 
 def tiny_config():
-    config = libero_long.get_config("tiny")
-    config.evaluation.checkpoint = "best"
-    return config
+    return libero_long.get_config("tiny")
 
 
 @pytest.mark.libero
@@ -47,6 +46,19 @@ def test_end_to_end(tmp_path, capsys):
     pipeline.run(tiny_config(), tmp_path)
     assert capsys.readouterr().out.count("finished before") == len(always)
     assert (tmp_path / "evaluate/done.json").stat().st_mtime_ns == before
+
+    # The paper's optimiser on the same episodes, its best state, and what bounds both.
+    for stage in ("improve", "evaluate"):
+        shutil.rmtree(tmp_path / stage)
+    config = tiny_config()
+    config.rl.method, config.evaluation.checkpoint, config.evaluation.best_of = "ppo", "best", 1
+    config.evaluation.episodes_per_task = 1
+    pipeline.run(config, tmp_path, ["siblings", "improve", "evaluate", "report"])
+    results = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert results["improve"]["imagined_chunks"] == 2 * 4 * 2  # refills, start states, chunks
+    siblings = results["siblings"]
+    assert (siblings["start_states"], len(siblings["imagined"])) == (2, config.world_model.horizon)
+    assert "known to imagination after" in (tmp_path / "report.html").read_text()
 
     # Another branch length belongs in another directory; the message says what differs.
     other = tiny_config()

@@ -45,10 +45,11 @@ def test_a_random_choice_knows_nothing_of_the_scores():
 
 
 class StillPolicy(ActingPolicy):
-    """Samples chunks that move; stands still when it acts."""
+    """Moves from 0.9 alone; stands still elsewhere."""
 
     def act(self, params, observation, key):
-        return 0.0 * super().act(params, observation, key)
+        moves = observation.proprio[:, :1, None] == np.float32(0.9)
+        return moves * super().act(params, observation, key)
 
 
 def test_a_sample_is_followed_by_what_the_policy_would_do():

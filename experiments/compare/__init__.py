@@ -13,6 +13,8 @@ DESCRIPTIONS = {
     "vla_mbpo_2": "the same with branches of 2 chunks",
     "vla_mbpo_4": "the same with branches of 4 chunks",
     "vla_mbpo_full_horizon": "the same with whole episodes, from their start",
+    "ranked": "SFT goes on, with those of some chunks that imagination ranks highest",
+    "ranked_control": "the same with the ranks of other states' chunks, which say nothing",
     "best_of_n": "no training: the best of N imagined chunks is executed",
     "online_ppo": "PPO in the simulator, with as many episodes as there are rollouts",
     "online_ppo_large": "PPO in the simulator, with many times as many episodes: an upper line",
@@ -22,4 +24,12 @@ DESCRIPTIONS = {
     "recap": "SFT goes on, with all rollouts, each chunk labelled by whether it gained time",
     "reinbot": "SFT goes on, with all rollouts, each chunk behind the return that followed",
 }
-DEFAULT = ("sft", "bc_on_rollouts", "bc_in_world_model", "vla_mbpo", "best_of_n")
+DEFAULT = (
+    "sft",
+    "bc_on_rollouts",
+    "bc_in_world_model",
+    "vla_mbpo",
+    "ranked",
+    "ranked_control",
+    "best_of_n",
+)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,7 +15,6 @@ from mbpo_jax.mbpo import imagine
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
-    Config,
     build_world_model,
     checkpoint_origin,
     observation_builder,
@@ -146,30 +144,18 @@ def continue_sft(
     params: Params,
     sources: Sequence[Source],
 ) -> None:
-    """`rl.updates` updates of flow matching on `Demonstration`s, in equal shares; writes
-    `policy/`."""
+    """Flow matching on `Demonstration`s, in equal shares, as long and as fast as the method
+    "ranked" learns from its own; writes `policy/`."""
     config = workspace.config
-    origin = checkpoint_origin(config, ["policy", "sft", "compare.imitation", "rl.updates"], {})
+    origin = checkpoint_origin(config, ["policy", "rl.ranked"], {})
     seed = stream(config.seed, "imitation_batches")
     actor = fit(
         flow_matching_loss(policy),
         params["actor"],
         {},
-        lambda first: batches(sources, config.sft.batch_size, seed, start_step=first),
-        continued(config),
+        lambda first: batches(sources, config.rl.ranked.batch_size, seed, start_step=first),
+        Training.of(config.rl.ranked),
         Run.of(config, directory.parent.name, directory, stream(config.seed, "imitation"), origin),
         policy.trainable(params)["actor"],
     )
     save_params(directory / "policy", {**params, "actor": actor})
-
-
-def continued(config: Config) -> Training:
-    """SFT's training for `rl.updates` updates, at a share of its learning rates."""
-    sft, scale = Training.of(config.sft), config.compare.imitation.learning_rate_scale
-    return replace(
-        sft,
-        steps=config.rl.updates,
-        learning_rate=scale * sft.learning_rate,
-        matrix_learning_rate=scale * sft.matrix_learning_rate,
-        warmup_steps=min(sft.warmup_steps, max(1, config.rl.updates // 10)),
-    )

@@ -46,6 +46,14 @@ def _branches(length: str) -> Callable[[Config], Config]:
     return lambda config: with_branches(config, length)
 
 
+def _by(method: str, exchange_advantages: bool = False) -> Callable[[Config], Config]:
+    def configure(config: Config) -> Config:
+        config.rl.update({"method": method, "exchange_advantages": exchange_advantages})
+        return config
+
+    return configure
+
+
 def _rollouts(config: Config) -> int:
     return config.rollouts.episodes_per_task * len(config.tasks)
 
@@ -87,16 +95,17 @@ class Method:
         return own if own.is_locked else own.lock()
 
 
-_IMITATION = ("compare.imitation",)
 METHODS = {
     "sft": Method(None, fine_tuned, needs="sft", episodes=lambda config: 0),
-    "bc_on_rollouts": Method(imitation.on_rollouts, needs="rollouts", settings=_IMITATION),
-    "bc_in_world_model": Method(imitation.in_world_model, needs="world_model", settings=_IMITATION),
-    "vla_mbpo": Method(improve_policy),
+    "bc_on_rollouts": Method(imitation.on_rollouts, needs="rollouts"),
+    "bc_in_world_model": Method(imitation.in_world_model, needs="world_model"),
+    "vla_mbpo": Method(improve_policy, configure=_by("ppo")),
     "vla_mbpo_1": Method(improve_policy, configure=_branches("1")),
     "vla_mbpo_2": Method(improve_policy, configure=_branches("2")),
     "vla_mbpo_4": Method(improve_policy, configure=_branches("4")),
     "vla_mbpo_full_horizon": Method(improve_policy, configure=_branches("full")),
+    "ranked": Method(improve_policy, configure=_by("ranked")),
+    "ranked_control": Method(improve_policy, configure=_by("ranked", exchange_advantages=True)),
     "best_of_n": Method(None, best_of_n, _choosing, settings=("compare.best_of",)),
     "online_ppo": Method(
         online.train,
@@ -113,8 +122,12 @@ METHODS = {
         episodes=_whole_episodes,
         over_budget=True,
     ),
-    "mopo": Method(penalties.mopo, settings=("compare.dynamics", "compare.mopo")),
-    "mobile": Method(penalties.mobile, settings=("compare.dynamics", "compare.mobile")),
+    "mopo": Method(
+        penalties.mopo, configure=_by("ppo"), settings=("compare.dynamics", "compare.mopo")
+    ),
+    "mobile": Method(
+        penalties.mobile, configure=_by("ppo"), settings=("compare.dynamics", "compare.mobile")
+    ),
     "idql": Method(
         idql.train, idql.actor, needs="rollouts", settings=("compare.idql", "compare.best_of")
     ),
@@ -122,13 +135,13 @@ METHODS = {
         recap.train,
         recap.actor,
         needs="rollouts",
-        settings=("compare.imitation", "compare.recap"),
+        settings=("compare.recap",),
     ),
     "reinbot": Method(
         reinbot.train,
         reinbot.actor,
         needs="rollouts",
-        settings=("compare.imitation", "compare.reinbot"),
+        settings=("compare.reinbot",),
     ),
 }
 

@@ -7,9 +7,6 @@ import ml_collections
 def get_settings() -> ml_collections.ConfigDict:
     """The locked defaults: one section for each part that some methods share."""
     c = ml_collections.ConfigDict()
-    # Of methods by which SFT goes on: its learning rates, as a share of what they were.
-    c.imitation = ml_collections.ConfigDict({"learning_rate_scale": 0.1})
-
     c.best_of = ml_collections.ConfigDict()
     c.best_of.chunks_to_choose_from = 16  # best_of_n and idql
 

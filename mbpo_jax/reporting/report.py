@@ -141,10 +141,7 @@ def _one_line(stage: str, s: dict) -> str:
             f"to the value of the real next state by {s['real']['correlation']:.2f}"
         )
     if stage == "improve":
-        return (
-            f"imagined success {s['imagined_success_first']:.3f} → "
-            f"{s['imagined_success_last']:.3f} in {s['updates']} updates"
-        )
+        return f"{_imagined_change(s)} in {s['updates']} updates"
     rates = "; ".join(f"{name} {_rate(p)}" for name, p in s["policies"].items())
     rates += "".join(f"; {name}, resets {_rate(p)}" for name, p in s.get("resets", {}).items())
     return f"{rates}, all imagined" if stage == "imagine" else rates
@@ -343,23 +340,29 @@ def _gates_section(summaries: dict) -> Section:
 def _improve_section(workspace: Workspace, summaries: dict) -> Section:
     records = read_metrics(workspace.directory("improve") / "metrics.jsonl")
     s = summaries["improve"]
-    figure = figures.curves(
-        [
-            ("imagined success per branch", {"success": _line(records, "imagined_success")}),
-            ("approximate KL", {"kl": _line(records, "approx_kl")}),
-            ("clip fraction", {"clip": _line(records, "clip_fraction")}),
-            ("value error (RMS)", {"error": _line(records, "value_error")}),
-        ]
-    )
+    panels = {
+        "imagined_success": "imagined success per branch",
+        "approx_kl": "approximate KL",
+        "clip_fraction": "clip fraction",
+        "value_error": "value error (RMS)",
+        "loss": "flow-matching loss on the best chunks",
+    }
+    lines = {title: _line(records, name) for name, title in panels.items()}
+    figure = figures.curves([(t, {"all": line}) for t, line in lines.items() if line[0]])
     text = (
         f"{s['updates']} updates on {s['imagined_chunks']} imagined chunks from "
-        f"{s['start_states']} dataset states; the share of branches that end in success went from "
-        f"{s['imagined_success_first']:.3f} to {s['imagined_success_last']:.3f} inside the model. "
-        "What that is worth is in the first section."
+        f"{s['start_states']} dataset states: {_imagined_change(s)}. What that is worth is in the "
+        "first section."
     )
-    return Section(
-        "Policy optimisation in imagination", text, images=[png(figure, "PPO in the world model")]
-    )
+    title = "Policy optimisation in imagination"
+    return Section(title, text, images=[png(figure, "updates in the world model")])
+
+
+def _imagined_change(s: dict) -> str:
+    if "kept_score" in s:
+        return f"expected return {s['score']:.3f} of all chunks, {s['kept_score']:.3f} of the best"
+    first, last = s["imagined_success_first"], s["imagined_success_last"]
+    return f"imagined success {first:.3f} → {last:.3f}"
 
 
 def _run_section(summaries: dict) -> Section:

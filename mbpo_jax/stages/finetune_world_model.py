@@ -46,13 +46,16 @@ STATISTICS_TRANSITIONS = 512
 ENCODED_FRAMES = 64  # at a time
 
 
-def world_model_episodes(workspace: Workspace) -> tuple[list[Episode], list[Episode]]:
-    """(training, held-out) episodes: demonstrations and rollouts, split by episode."""
+def world_model_episodes(
+    workspace: Workspace, stages: Sequence[str] = ("demonstrations", "rollouts")
+) -> tuple[list[Episode], list[Episode]]:
+    """(training, held-out) episodes: demonstrations and rollouts, or one of the two, split by
+    episode."""
     config = workspace.config
     workspace.require("demonstrations")
     workspace.require("rollouts")
     train, held_out = [], []
-    for stage in ("demonstrations", "rollouts"):
+    for stage in stages:
         episodes = read_episodes(workspace.directory(stage) / "dataset")
         # Not a stream: what an earlier run held out must stay held out.
         kept, held = split_episodes(episodes, config.world_model.holdout_fraction, config.seed)

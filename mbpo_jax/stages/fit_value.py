@@ -36,8 +36,9 @@ _BATCH = 64
 
 
 def fit_value(workspace: Workspace, directory: Path) -> dict:
-    """Fits the critic to real frames of the training episodes and to the frames that the world
+    """Fits the critic to real frames of the training rollouts and to the frames that the world
     model imagines a chunk after them; writes `critic/` and how well it orders held-out frames.
+    Demonstrations are left out: they all succeed, and tell what the expert's states are worth.
 
     With `value.steps` at 0 the critic is a fresh one, as in the paper.
 
@@ -54,7 +55,7 @@ def fit_value(workspace: Workspace, directory: Path) -> dict:
         return {"steps": 0}
     world, world_params = load_world_model(config, workspace.root)
     world_params = world.for_inference(world_params)
-    train, held_out = world_model_episodes(workspace)
+    train, held_out = world_model_episodes(workspace, ["rollouts"])
     tables = [
         value_table(config, policy, params, world, world_params, episodes)
         for episodes in (train, held_out)
@@ -63,7 +64,7 @@ def fit_value(workspace: Workspace, directory: Path) -> dict:
         np.concatenate([tables[0][kind][i] for kind in ("real", "imagined")]) for i in (0, 1)
     )
     if not len(returns):
-        raise StageError("no frame of the training episodes has a return to learn a value from")
+        raise StageError("no frame of the training rollouts has a return to learn a value from")
     fit = jax.jit(critic.fit_critic, static_argnames="steps")
     fitted = fit(
         params["critic"],
@@ -76,6 +77,7 @@ def fit_value(workspace: Workspace, directory: Path) -> dict:
     return {
         "steps": config.value.steps,
         "frames": len(returns),
+        "held_out_episodes": len(held_out),
         "held_out": {kind: quality(fitted, *table) for kind, table in tables[1].items()},
     }
 

@@ -1,4 +1,4 @@
-"""Stage `improve`: PPO on branches imagined by the world model."""
+"""Stage `improve`: PPO on branches imagined by the world model, or `rank_chunks`."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +35,7 @@ from mbpo_jax.stages.build import (
 from mbpo_jax.stages.collect import make_pool
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.imagination import branch_metrics, placed_branch, programs
+from mbpo_jax.stages.rank_chunks import finetune_on_best
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import load_params, save_params
 from mbpo_jax.training.loop import repeat
@@ -54,8 +55,8 @@ from mbpo_jax.world_model import metrics as world_metrics
 def improve_policy(
     workspace: Workspace, directory: Path, algorithm: Callable[..., MBPO] = MBPO
 ) -> dict:
-    """Improves the fine-tuned policy without touching the simulator; writes `policy/`. `algorithm`
-    makes the `MBPO` that computes advantages, losses and updates."""
+    """Improves the fine-tuned policy without touching the simulator; writes `policy/`. With the
+    `rl.method` "ppo" `algorithm` makes the `MBPO` that computes advantages, losses and updates."""
     config = workspace.config
     workspace.require("sft")
     workspace.require("world_model")
@@ -67,7 +68,11 @@ def improve_policy(
     shapes = abstract_params(policy, *layout)
     params = load_params(sft / "policy", shapes)
     params["critic"] = load_params(workspace.directory("value") / "critic", shapes["critic"])
-    episodes, _ = world_model_episodes(workspace)
+    # States that the policy itself comes into.
+    episodes, _ = world_model_episodes(workspace, ["rollouts"])
+    if config.rl.method == "ranked":  # and as many that it was shown
+        shown, _ = world_model_episodes(workspace, ["demonstrations"])
+        episodes += shown[: len(episodes)]
     builder = observation_builder(config)
     starts = branch_starts(episodes, builder)
     if config.rl.start_states_from == "episode_start":
@@ -82,27 +87,32 @@ def improve_policy(
         if isinstance(world, SimulatedWorld):
             starts = starts.where(np.array([world.knows(x) for x in starts], bool))
         judged_done = done_at_start(config, world, world_params, starts)
-        improved = optimize_policy(
-            config,
-            policy,
-            world,
-            params,
-            world_params,
-            starts.where(~judged_done),
-            demonstrations(demonstrated, builder),
-            directory=directory,
-            origin=checkpoint_origin(
+        starts = starts.where(~judged_done)
+        arguments = config, policy, world, params, world_params, starts
+        common = {
+            "directory": directory,
+            "origin": checkpoint_origin(
                 config, ["policy", "rl"], {name: vars(x) for name, x in stats.items()}
             ),
-            trainable=policy.trainable(params)["actor"],
-            algorithm=algorithm,
-        )
+            "trainable": policy.trainable(params)["actor"],
+        }
+        if config.rl.method == "ranked":
+            improved, summary = finetune_on_best(*arguments, **common)
+        else:
+            shown = demonstrations(demonstrated, builder)
+            improved = optimize_policy(*arguments, shown, **common, algorithm=algorithm)
+            summary = _ppo_summary(config, directory)
     save_params(directory / "policy", improved)
+    return summary | {
+        "start_states": len(starts),
+        "start_states_judged_done": int(judged_done.sum()),
+    }
+
+
+def _ppo_summary(config: Config, directory: Path) -> dict:
     history = read_metrics(directory / "metrics.jsonl")
     imagined = [r["imagined_success"] for r in history if "imagined_success" in r]
     return {
-        "start_states": int((~judged_done).sum()),
-        "start_states_judged_done": int(judged_done.sum()),
         "updates": config.rl.updates,
         "imagined_success_first": imagined[0],
         "imagined_success_last": imagined[-1],
@@ -251,7 +261,7 @@ def _precomputed(
     observation several times, and the world model stays as it is."""
     if not len(starts):
         raise StageError(
-            "no frame of the training episodes is a state to start branches from: collect more "
+            "no frame of the training rollouts is a state to start branches from: collect more "
             "(--config.rollouts.episodes_per_task)"
         )
     _, in_use = frozen_weight_sharding(

@@ -237,7 +237,7 @@ def test_three_updates_in_a_row_that_are_not_finite_end_the_run(tmp_path):
 
 
 def test_no_start_states(tmp_path):
-    with pytest.raises(StageError, match="no frame of the training episodes is a state to start"):
+    with pytest.raises(StageError, match="no frame of the training rollouts is a state to start"):
         optimize_policy(
             config(),
             ToyPolicy(),

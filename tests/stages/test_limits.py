@@ -40,6 +40,8 @@ WRONG = {
     "rl.discount_per": ("day",),
     "rl.flow.steps": (1,),
     "rl.updates": (0,),
+    "rl.method": ("dqn",),
+    "rl.ranked.kept": (0,),
     "evaluation.best_of": (0,),
     "evaluation.checkpoint": ("first",),
     "robot.control_hz": (-1.0,),
@@ -58,6 +60,17 @@ def test_a_wrong_entry_is_named(name):
         with pytest.raises(ValueError, match="config") as error:
             check_config(config)
         assert entry in str(error.value)
+
+
+def test_what_ranking_cannot_do_is_refused():
+    config = libero_long.get_config("tiny")
+    config.evaluation.checkpoint = "best"
+    config.rl.ranked.kept = config.rl.group_size
+    with pytest.raises(ValueError, match=r"rl\.ranked\.kept is 2: fewer than the 2") as error:
+        check_config(config)
+    assert "evaluation.checkpoint is 'best'" in str(error.value)
+    config.rl.method = "ppo"
+    check_config(config)
 
 
 @pytest.mark.parametrize("module", [libero_long, bimanual, arx_x5])

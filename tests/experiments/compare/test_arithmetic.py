@@ -5,11 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.libero_long import get_config
 from experiments.compare import idql, imitation, penalties, recap, reinbot
 from experiments.compare.recorded import Chunks
-from experiments.compare.runs import merged
-from experiments.compare.settings import get_settings
 from mbpo_jax.mbpo import MBPO, Settings
 from mbpo_jax.toy import ToyPolicy, observation
 from mbpo_jax.types import Branch
@@ -149,15 +146,6 @@ def test_chunks_up_to_success_are_imitated():
     assert np.asarray(chosen.actions).ravel().tolist() == [0.0, 2.0]
     assert chosen.observation.proprio.ravel().tolist() == [0.0, 0.0]
     assert chosen.quality.all()
-
-
-def test_imitation_goes_on_at_a_share_of_the_learning_rates():
-    config = merged(get_config("micro"), get_settings())
-    training = imitation.continued(config)
-    assert training.steps == config.rl.updates
-    assert training.learning_rate == close(0.1 * config.sft.learning_rate)
-    assert training.matrix_learning_rate == close(0.1 * config.sft.matrix_learning_rate)
-    assert training.warmup_steps == 24
 
 
 def line(count: int, key) -> Chunks:

@@ -203,6 +203,13 @@ def test_imagined_successes_are_imitated_and_kept(config, root, monkeypatch):
     assert 0 < moved < 0.1
 
 
+def test_the_best_of_imagined_chunks_are_learnt(config, root):
+    summary, moved = trained(config, root, "ranked")
+    assert summary["imagined_chunks"] == 4 * 2  # states, chunks in a group
+    assert summary["kept_score"] >= summary["score"]
+    assert moved > 0
+
+
 def test_a_penalty_changes_what_is_learnt(config, root, monkeypatch):
     # The value has not been fitted, so the deviation of values is 0: a constant instead.
     seen = []
