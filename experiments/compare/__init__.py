@@ -6,6 +6,7 @@ The names and what each does are here, so that --help need not load JAX; `method
 
 DESCRIPTIONS = {
     "sft": "the fine-tuned policy, where all others start",
+    "noiseless": "the fine-tuned policy without initial noise: a control",
     "bc_on_rollouts": "SFT goes on, with successful rollouts: the control",
     "bc_in_world_model": "SFT goes on, with imagined branches that the model judges successful",
     "vla_mbpo": "PPO on branches in the world model, as the config says",
@@ -26,6 +27,7 @@ DESCRIPTIONS = {
 }
 DEFAULT = (
     "sft",
+    "noiseless",
     "bc_on_rollouts",
     "bc_in_world_model",
     "vla_mbpo",

@@ -26,6 +26,13 @@ def fine_tuned(workspace: Workspace) -> tuple[Act, Params]:
     return _policy(workspace, workspace.directory("sft"))
 
 
+def noiseless(workspace: Workspace) -> tuple[Act, Params]:
+    """Acts with the fine-tuned policy, without the initial noise of its flow."""
+    sft = workspace.directory("sft")
+    policy, params = load_policy(workspace.config, sft, sft / "policy")
+    return lambda params, observation, key: policy.act(params, observation, None), params
+
+
 def best_of_n(workspace: Workspace) -> tuple[Act, Params]:
     """Acts on the best of some imagined chunks of the fine-tuned policy."""
     sft = workspace.directory("sft")
@@ -97,6 +104,7 @@ class Method:
 
 METHODS = {
     "sft": Method(None, fine_tuned, needs="sft", episodes=lambda config: 0),
+    "noiseless": Method(None, noiseless, needs="sft", episodes=lambda config: 0),
     "bc_on_rollouts": Method(imitation.on_rollouts, needs="rollouts"),
     "bc_in_world_model": Method(imitation.in_world_model, needs="world_model"),
     "vla_mbpo": Method(improve_policy, configure=_by("ppo")),

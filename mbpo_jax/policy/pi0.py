@@ -187,12 +187,12 @@ class FlowPolicy:
         self,
         params: Params,
         observation: Observation,
-        key: jax.Array,
+        key: jax.Array | None,
         quality: Array | None = None,
     ) -> jax.Array:
-        """Actions [B, k, A] for evaluation: random initial noise, then the deterministic flow in
-        `config.eval_steps` Euler steps. `quality` is what an advantage-conditioned policy is asked
-        for, as in `loss`."""
+        """Actions [B, k, A] for evaluation: random initial noise (without a key none), then the
+        deterministic flow in `config.eval_steps` Euler steps. `quality` is what an
+        advantage-conditioned policy is asked for, as in `loss`."""
         actor = params["actor"]
         prefix = self._encode(actor, observation, with_features=False, quality=quality)
         velocity = self._velocity(actor, prefix)
@@ -270,9 +270,9 @@ class FlowPolicy:
             actor["noise_network"], features, config.noise_std_range
         )
 
-    def _noise(self, key: jax.Array, prefix: Prefix) -> jax.Array:
-        batch = prefix.cache.mask.shape[0]
-        return jax.random.normal(key, (batch, self.config.chunk, self.config.action_dim))
+    def _noise(self, key: jax.Array | None, prefix: Prefix) -> jax.Array:
+        shape = prefix.cache.mask.shape[0], self.config.chunk, self.config.action_dim
+        return jnp.zeros(shape) if key is None else jax.random.normal(key, shape)
 
     def _sum(self, log_prob: jax.Array) -> jax.Array:
         """[B, ..., k, action_dim] -> [B], without the padded dimensions."""

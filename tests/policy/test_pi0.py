@@ -162,6 +162,9 @@ def test_actions_are_in_robot_units(observation):
         policy.act(zero, observation, jax.random.key(0)), expected, atol=1e-6
     )
     assert np.any(expected > 1)
+    # Without a key there is no noise, and such a network gives the middle of the statistics.
+    middle = np.broadcast_to(np.clip((high - low) / 2 + low, *limits.T), (3, 4, ACTION_DIM))
+    np.testing.assert_allclose(policy.act(zero, observation, None), middle, atol=1e-6)
 
 
 def test_value_is_the_minimum_and_does_not_train_the_actor(observation):
