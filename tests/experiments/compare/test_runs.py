@@ -290,3 +290,13 @@ def test_other_settings_are_refused_where_they_matter(config, root):
     with pytest.raises(StageError, match="chunks_to_choose_from"):
         runs.run_method(other, root, "best_of_n", METHODS["best_of_n"])
     runs.run_method(other, root, "sft", METHODS["sft"])
+
+
+def test_without_noise_the_key_does_not_matter(config, root):
+    runs.run_method(config, root, "noiseless", METHODS["noiseless"])
+    workspace = Workspace(root / "seed0_noiseless", METHODS["noiseless"].config(config))
+    seen = collate([build.observation_builder(config).at(episode(config, 7, "sft", True), 0)])
+    for name, same in (("noiseless", True), ("sft", False)):
+        act, params = METHODS[name].actor(workspace)
+        one, other = (act(params, seen, jax.random.key(seed)) for seed in (0, 1))
+        assert np.array_equal(one, other) == same
