@@ -68,7 +68,7 @@ STAGES = {
     "value": Stage(fit_value, ("value", "rl.discount", "rl.discount_per"), "world_model"),
     "selection": Stage(
         select_chunks,
-        ("selection", "evaluation.best_of", "evaluation.best_of_chunks", "rl.flow"),
+        ("selection", "evaluation.best_of", "evaluation.best_of_chunks"),
         "value",
         on_request=True,
     ),

@@ -122,7 +122,7 @@ def follow(
     name: str = "siblings, imagined",
 ) -> dict[str, np.ndarray]:
     """The chunks `first` [M, k, A] and then what the policy does, `chunks` in all: after each,
-    "done" (probability of success by this chunk) and "value" [n, M], "proprio" [n, M, P]."""
+    "done" (probability that the task is done) and "value" [n, M], "proprio" [n, M, P]."""
 
     @jax.jit
     def program(params, world_params, start, first, keys):
