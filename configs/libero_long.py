@@ -116,8 +116,8 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.demonstrations = ml_collections.ConfigDict()
     c.demonstrations.episodes_per_task = 50
     c.demonstrations.action_noise = (0.0, 0.1, 0.2)  # a level is drawn per episode
-    # Metres by which the expert grasps and puts down beside where it means to (one standard
-    # deviation): people do not aim alike every time.
+    # Metres by which the expert grasps and puts down from above beside where it means to (one
+    # standard deviation): people do not aim alike every time.
     c.demonstrations.aim_error = 0.0
     c.demonstrations.render_every = 5  # steps between stored frames; divides chunk
 
@@ -244,8 +244,8 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.max_steps = 160  # the scripted expert needs about 80
     c.matmul_precision = "BF16_BF16_F32"
     c.parallel.fsdp = 1
-    # What scripted demonstrations lack of people's: many ways to do the same. A policy that has
-    # seen but one way has no better and worse chunks to choose among (docs/what_we_tried.md).
+    # What scripted demonstrations lack of people's: many ways to do the same, so that the policy
+    # has better and worse chunks to choose among (docs/what_we_tried.md).
     c.demonstrations.episodes_per_task = 256
     c.demonstrations.aim_error = 0.02
 

@@ -53,9 +53,9 @@ def _branches(length: str) -> Callable[[Config], Config]:
     return lambda config: with_branches(config, length)
 
 
-def _by(method: str, exchange_advantages: bool = False) -> Callable[[Config], Config]:
+def _by(method: str, **entries: bool) -> Callable[[Config], Config]:
     def configure(config: Config) -> Config:
-        config.rl.update({"method": method, "exchange_advantages": exchange_advantages})
+        config.rl.update({"method": method, **entries})
         return config
 
     return configure

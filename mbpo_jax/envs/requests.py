@@ -17,8 +17,8 @@ class EpisodeRequest:
     seed / init_state_id: a random reset, or a fixed initial state; exactly one is >= 0.
     max_steps: length after which the episode has failed.
     action_noise: levels of the jitter on the expert's actions; an episode draws one of them.
-    aim_error: how far the expert grasps and puts down beside where it means to: standard deviation
-        in metres of each horizontal direction, drawn anew for every grasp and every placing.
+    aim_error: how far the expert grasps and puts down from above beside where it means to: standard
+        deviation in metres of each horizontal direction, drawn anew each time.
     render_every: stride of the frames in steps; divides the chunk, so that the frame a chunk later
         is there too. The chunk itself: a policy's frames are those that it sees.
     success_frames: last frames of a policy's success that are drawn; those before the very last are

@@ -100,7 +100,7 @@ def _imagined(
     rows: np.ndarray,
     run: Run,
 ) -> dict[str, np.ndarray]:
-    """ "chunks" [S, size, k, A] from each of the rows of `starts`, and their "score" [S, size]."""
+    """From each of the rows of `starts` "chunks" [S, size, k, A], and their "score" [S, size]."""
     rl = config.rl
     propose = proposals(
         policy,
