@@ -170,14 +170,14 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     c.rl = ml_collections.ConfigDict(dataclasses.asdict(mbpo.Settings()))  # described there
     c.rl.critic_warmup = 50 if suite == "libero_10" else 10
     c.rl.flow = ml_collections.ConfigDict(flow)
-    # "ppo", the paper's, or "ranked": SFT goes on with the best of each group of imagined chunks
+    # "ppo", the paper's, or "ranked": SFT goes on with the best of each group of branches
     # (`mbpo_jax.stages.rank_chunks`).
     c.rl.method = "ppo"
     c.rl.ranked = _training(steps=1000, learning_rate=2.5e-6)
     c.rl.ranked.batch_size = 256
     c.rl.ranked.start_states = 1280  # groups
-    c.rl.ranked.chunks = 1  # how far each is imagined before the value counts
-    c.rl.ranked.kept = 2  # best chunks of each group
+    c.rl.ranked.chunks = 1  # n, the branch length; at its end the value counts
+    c.rl.ranked.kept = 2  # best branches of each group
     c.rl.world = "world_model"  # or "simulator": what an exact model would give
     c.rl.start_states_from = "dataset"  # or "episode_start", for full-horizon imagination
     c.rl.start_states = 1280 if suite == "libero_10" else 512  # M branches per refill

@@ -3,13 +3,14 @@
 
     python -m experiments.branch_length
     python -m experiments.branch_length --chunks=1,2,4,full --seeds=0,1,2 --workdir=DIR
-    python -m experiments.branch_length --config.rl.updates=80 --seeds=0
+    python -m experiments.branch_length --config.rl.method=ppo --seeds=0
 
 Per seed, demonstrations, fine-tuned policy, rollouts, world model and value are made once; then for
-each length policy optimisation and evaluation, with as many imagined chunks for each. `full` begins
-at the episodes' starts and goes on to the end. Started again, the command continues. Writes
-`branch_length.json` and `branch_length.png`: success against length, pooled over seeds, and below
-it how the error of the world model grows, with the length that the theory recommends.
+each length policy optimisation, by whichever `rl.method`, and evaluation, with as many imagined
+chunks for each. `full` begins at the episodes' starts and goes on to the end. Started again, the
+command continues. Writes `branch_length.json` and `branch_length.png`: success against length,
+pooled over seeds, and below it how the error of the world model grows, with the length that the
+theory recommends.
 """
 
 import json
@@ -34,15 +35,19 @@ def with_branches(config: ml_collections.ConfigDict, length: str) -> ml_collecti
     """
     config = ml_collections.ConfigDict(config.to_dict())
     rl, full = config.rl, config.max_steps // config.chunk
-    chunks = rl.start_states * rl.branch_chunks
     if length == "full":
-        rl.start_states_from, rl.branch_chunks = "episode_start", full
+        rl.start_states_from, chunks = "episode_start", full
     elif length.isdigit() and 0 < int(length) <= full:
-        rl.branch_chunks = int(length)
+        chunks = int(length)
     else:
         raise ValueError(f"--chunks holds {length!r}: branches have 1 to {full} chunks, or 'full'")
-    rl.method, group = "ppo", rl.group_size
-    rl.start_states = max(1, chunks // rl.branch_chunks // group) * group
+    if rl.method == "ranked":
+        starts = rl.ranked.start_states * rl.ranked.chunks // chunks
+        rl.ranked.update({"chunks": chunks, "start_states": max(1, starts)})
+        return config.lock()
+    starts = rl.start_states * rl.branch_chunks // chunks
+    rl.branch_chunks = chunks
+    rl.start_states = max(1, starts // rl.group_size) * rl.group_size
     rl.imagination_batch = math.gcd(rl.imagination_batch, rl.start_states)
     rl.minibatch_size = min(rl.minibatch_size, rl.start_states * rl.branch_chunks)
     return config.lock()

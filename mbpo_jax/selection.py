@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from mbpo_jax.types import Array, Observation, Params, WorldModel
 
@@ -21,15 +22,29 @@ def chunk_scores(done: Array, value: Array, discount: float, reward_weight: floa
     return reward_weight * done + (1.0 - done) * discount * value
 
 
+@struct.dataclass
+class Proposals:
+    """Imagined branches of n chunks from one observation, as many as are compared.
+
+    observation, actions: before each chunk, and the chunk: leading axes [n, count].
+    going_on: probability [n, count] that the task is not done before the chunk.
+    score: expected return [count], with the value of where a branch ends.
+    """
+
+    observation: Observation
+    actions: Array
+    going_on: Array
+    score: Array
+
+
 def proposals(
     policy: Any, world: WorldModel, count: int, discount: float, reward_weight: float, chunks: int
-) -> Callable[[Params, Observation, Array], tuple[Array, Array]]:
-    """The function `(params, observation [1], key) -> (samples [count, k, A], expected returns
-    [count])` of chunks as `policy.act` gives them; the first one is what it gives for this key.
+) -> Callable[[Params, Observation, Array], Proposals]:
+    """The function `(params, observation [1], key) -> Proposals` of what `policy.act` would do; the
+    first branch begins with what it gives for this key.
 
-    Each is imagined, then what `policy.act` would do behind it, `chunks` chunks in all, and the
-    value counts at the end of that. params are {"policy": who samples, "value": whose critic
-    judges, "world": the world model's}.
+    Branches have `chunks` chunks. params are {"policy": who samples, "value": whose critic judges,
+    "world": the world model's}.
 
     Raises:
         ValueError: fewer than one chunk.
@@ -39,24 +54,27 @@ def proposals(
     if chunks < 1:
         raise ValueError(f"best_of_chunks is {chunks}: imagine 1 chunk or more")
 
-    def propose(params: Params, observation: Observation, key: Array) -> tuple[Array, Array]:
+    def propose(params: Params, observation: Observation, key: Array) -> Proposals:
         keys = jnp.stack([key, *(jax.random.fold_in(key, i) for i in range(1, count))])
         act = partial(policy.act, params["policy"], observation)
-        actions = samples = jax.vmap(lambda k: act(k)[0])(keys)
+        actions = jax.vmap(lambda k: act(k)[0])(keys)
         key = jax.random.fold_in(key, count)
         state = world.encode(params["world"], observation, key)
         state = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), state)
-        done = []
+        before, done, going_on = [], [], [jnp.ones(count)]
         for i in range(chunks):
             act_key, world_key = jax.random.split(jax.random.fold_in(key, i))
             if i:
                 actions = policy.act(params["policy"], state.observation, act_key)
+            before.append((state.observation, actions))
             state = world.step(params["world"], state, actions, world_key)
             done.append(world.success_probability(params["world"], state))
+            going_on.append(going_on[-1] * (1 - done[-1]))
         score = policy.value(params["value"], policy.encode(params["value"], state.observation))
         for probability in reversed(done):
             score = chunk_scores(probability, score, discount, reward_weight)
-        return samples, score
+        observations, executed = jax.tree.map(lambda *x: jnp.stack(x), *before)
+        return Proposals(observations, executed, jnp.stack(going_on[:-1]), score)
 
     return propose
 
@@ -84,9 +102,10 @@ def best_of(
     def act(params: Params, observation: Observation, key: Array) -> Array:
         if count == 1:
             return policy.act(params["policy"], observation, key)
-        samples, score = propose(params, observation, key)
+        found = propose(params, observation, key)
+        samples = found.actions[0]
         if choice == "random":
             return samples[jax.random.randint(jax.random.fold_in(key, 0), (1,), 0, count)]
-        return samples[pick(score)][None]
+        return samples[pick(found.score)][None]
 
     return act

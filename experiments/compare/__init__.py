@@ -15,7 +15,7 @@ DESCRIPTIONS = {
     "vla_mbpo_4": "the same with branches of 4 chunks",
     "vla_mbpo_full_horizon": "the same with whole episodes, from their start",
     "ranked": "SFT goes on, with those of some chunks that imagination ranks highest",
-    "ranked_control": "the same with the ranks of other states' chunks, which say nothing",
+    "ranked_control": "the same with some of them at random",
     "best_of_n": "no training: the best of N imagined chunks is executed",
     "online_ppo": "PPO in the simulator, with as many episodes as there are rollouts",
     "online_ppo_large": "PPO in the simulator, with many times as many episodes: an upper line",

@@ -50,7 +50,7 @@ def _choosing(config: Config) -> Config:
 
 
 def _branches(length: str) -> Callable[[Config], Config]:
-    return lambda config: with_branches(config, length)
+    return lambda config: with_branches(_by("ppo")(config), length)
 
 
 def _by(method: str, **entries: bool) -> Callable[[Config], Config]:

@@ -121,7 +121,7 @@ class Source(Sequence):
         return self._record(*self.index[i].tolist())
 
     def where(self, chosen: np.ndarray) -> "Source":
-        """The records at which `chosen` bool [N] is True."""
+        """The records at which `chosen` bool [N] is True, or at the positions `chosen`."""
         return Source(self._record, self.index[chosen], self.skipped)
 
     def map(self, function: Callable[..., Any]) -> "Source":

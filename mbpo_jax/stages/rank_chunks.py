@@ -1,4 +1,4 @@
-"""Policy optimisation by ranking: of several chunks that the policy would try in a state, those
+"""Policy optimisation by ranking: of several branches that the policy would try from a state, those
 that imagination ranks highest are what it is fine-tuned on next (reward-ranked fine-tuning, RAFT,
 arXiv 2304.06767; the choice is that of `selection.best_of`).
 
@@ -6,13 +6,14 @@ What it gains over choosing while acting is an average: a ranking that is right 
 than not is often wrong about one state's chunks, and rarely about those of a thousand like it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mbpo_jax.data.pipelines import Source, batches, collate, process_rows
@@ -26,7 +27,7 @@ from mbpo_jax.stages.workspace import StageError
 from mbpo_jax.training.loop import Training, fit
 from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import frozen_weight_sharding, on_mesh, shard_batch
-from mbpo_jax.types import Demonstration, Params, WorldModel
+from mbpo_jax.types import Array, Demonstration, Observation, Params, WorldModel
 
 
 def finetune_on_best(
@@ -42,15 +43,15 @@ def finetune_on_best(
     trainable: Params | None = None,
 ) -> tuple[Params, dict]:
     """From `rl.ranked.start_states` of the observations `starts` (one may come several times),
-    `rl.group_size` chunks each, imagined `rl.ranked.chunks` far: flow matching on the
-    `rl.ranked.kept` best of each group. With `rl.exchange_advantages` each group has its
-    neighbour's ranks: a control.
+    `rl.group_size` branches of `rl.ranked.chunks` chunks each: flow matching on the chunks of the
+    `rl.ranked.kept` best of each group, up to where the task is probably done. With
+    `rl.exchange_advantages` the kept ones are drawn at random: a control.
 
-    A run that is killed continues in `directory`, where the ranked chunks are kept.
+    A run that is killed continues in `directory`, where the kept branches are.
 
     Returns:
         the improved {"actor", "critic"} parameters, and a summary: "score", the expected return of
-        all chunks, of the "kept_score" ones, and their "score_std" within groups.
+        all branches, of the "kept_score" ones, and their "score_std" within groups.
 
     Raises:
         StageError: there are no start states.
@@ -60,17 +61,30 @@ def finetune_on_best(
     if not len(starts):
         raise StageError("there is no state to start from: collect more rollouts")
     random = np.random.default_rng(stream(config.seed, "improve_starts"))
-    rows = np.resize(random.permutation(len(starts)), ranked.start_states)
+    drawn = starts.where(np.resize(random.permutation(len(starts)), ranked.start_states))
     run = Run.of(config, "policy optimisation", directory, config.seed, origin)
-    found = _imagined(config, policy, world, params, world_params, starts, rows, run)
-    chunks, score = found["chunks"], found["score"]
-    ranks = np.roll(score, 1, axis=0) if config.rl.exchange_advantages else score
-    best = np.argsort(-ranks, axis=1, kind="stable")[:, : ranked.kept]
+    at_rest, _ = frozen_weight_sharding(
+        world_params, run.mesh, run.rules, config.parallel.world_model
+    )
+    found = _imagined(
+        config,
+        _ranking(config, policy, world, run.mesh),
+        (jax.jit(policy.for_inference)(params), jax.device_put(world_params, at_rest)),
+        drawn,
+        run,
+    )
 
-    def example(row: int, chunk: int) -> Demonstration:
-        return Demonstration(starts[rows[row]], chunks[row, chunk], np.float32(1.0))
+    def example(row: int, chunk: int, branch: int) -> Demonstration:
+        observation = drawn[row]
+        if chunk:
+            seen = (row, chunk - 1, branch)
+            observation = observation.replace(
+                images={name: found[f"view_{name}"][seen] for name in observation.images},
+                proprio=found["proprio"][seen],
+            )
+        return Demonstration(observation, found["actions"][row, chunk, branch], np.float32(1.0))
 
-    pool = Source(example, [(i, j) for i in range(len(rows)) for j in best[i]])
+    pool = Source(example, np.argwhere(found["going_on"] > 0.5))
     seed = stream(config.seed, "improve_batches")
     actor = fit(
         flow_matching_loss(policy),
@@ -81,8 +95,10 @@ def finetune_on_best(
         run,
         trainable,
     )
+    score, best = found["score"], found["best"]
     return {**params, "actor": actor}, {
         "imagined_chunks": score.size * ranked.chunks,
+        "chunks_learnt": len(pool),
         "updates": ranked.steps,
         "score": float(score.mean()),
         "kept_score": float(np.take_along_axis(score, best, axis=1).mean()),
@@ -90,17 +106,12 @@ def finetune_on_best(
     }
 
 
-def _imagined(
-    config: Config,
-    policy: FlowPolicy,
-    world: WorldModel,
-    params: Params,
-    world_params: Params,
-    starts: Source,
-    rows: np.ndarray,
-    run: Run,
-) -> dict[str, np.ndarray]:
-    """From each of the rows of `starts` "chunks" [S, size, k, A], and their "score" [S, size]."""
+def _ranking(
+    config: Config, policy: FlowPolicy, world: WorldModel, mesh: Mesh
+) -> Callable[[tuple[Params, Params], Observation, Array], dict[str, Array]]:
+    """The jitted function `((policy's, world model's parameters), observations [S], keys [S]) ->
+    "score" [S, G] of all branches, and of the "best" [S, kept]: "actions" and "going_on"
+    [S, n, kept, ...], "proprio" and "view_CAMERA" [S, n - 1, kept, ...] of what is imagined."""
     rl = config.rl
     propose = proposals(
         policy,
@@ -109,23 +120,49 @@ def _imagined(
         *chunk_discount(rl.discount, config.chunk, rl.discount_per),
         chunks=rl.ranked.chunks,
     )
-    acting = jax.jit(policy.for_inference)(params)
-    at_rest, in_use = frozen_weight_sharding(
-        world_params, run.mesh, run.rules, config.parallel.world_model
-    )
-    world_params = jax.device_put(world_params, at_rest)
 
-    def propose_all(acting, world_params, start, keys):
+    def one(arguments, start, key):
+        found = propose(arguments, jax.tree.map(lambda x: x[None], start), key)
+        ranks = found.score
+        if rl.exchange_advantages:
+            ranks = jax.random.uniform(jax.random.fold_in(key, rl.group_size + 1), ranks.shape)
+        best = jax.lax.top_k(ranks, rl.ranked.kept)[1]
+        kept = jax.tree.map(
+            lambda x: x[:, best], (found.actions, found.going_on, found.observation)
+        )
+        actions, going_on, observation = kept
+        views = {f"view_{name}": x[1:] for name, x in observation.images.items()}
+        proprio = observation.proprio[1:]
+        return views | {
+            "score": found.score,
+            "best": best,
+            "actions": actions,
+            "going_on": going_on,
+            "proprio": proprio,
+        }
+
+    def rank(params, start, keys):
+        acting, world_params = params
+        _, in_use = frozen_weight_sharding(
+            world_params, mesh, config.parallel.rules, config.parallel.world_model
+        )
         world_params = jax.device_put(world_params, in_use)
         arguments = {"policy": acting, "value": acting, "world": world_params}
+        return jax.vmap(partial(one, arguments))(start, keys)
 
-        def one(observation, key):
-            return propose(arguments, jax.tree.map(lambda x: x[None], observation), key)
+    everywhere = NamedSharding(mesh, PartitionSpec())  # every process learns from all of them
+    return jax.jit(on_mesh(rank, mesh), out_shardings=everywhere)
 
-        return jax.vmap(one)(start, keys)
 
-    everywhere = NamedSharding(run.mesh, PartitionSpec())  # every process learns from all of them
-    program = jax.jit(on_mesh(propose_all, run.mesh), out_shardings=everywhere)
+def _imagined(
+    config: Config,
+    program: Callable[..., dict[str, Array]],
+    params: tuple[Params, Params],
+    starts: Source,
+    run: Run,
+) -> dict[str, np.ndarray]:
+    """What `program` (`_ranking`) finds from all of `starts`; finished parts are kept."""
+    rl = config.rl
     key = jax.random.key(stream(config.seed, "improve"))
     count = max(1, rl.imagination_batch // rl.group_size // run.mesh.size) * run.mesh.size
     kept = run.directory / "ranked"
@@ -133,7 +170,7 @@ def _imagined(
     finished = {path.name for path in kept.glob("*.npz")}
     found = []
     # One shape, hence one compilation: the last part is filled up with earlier rows.
-    parts = np.resize(np.arange(len(rows)), (-(-len(rows) // count), count))
+    parts = np.resize(np.arange(len(starts)), (-(-len(starts) // count), count))
     for i, part in enumerate(tqdm(parts, desc="ranking chunks", unit="batch")):
         path = kept / f"{i:05d}.npz"
         if path.name in finished:
@@ -141,14 +178,12 @@ def _imagined(
                 found.append(dict(file))
         else:
             mine = part[process_rows(count)]
-            batch = shard_batch(collate([starts[rows[j]] for j in mine]), run.mesh)
+            batch = shard_batch(collate([starts[row] for row in mine]), run.mesh)
             keys = shard_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, mine), run.mesh)
-            chunks, score = jax.device_get(program(acting, world_params, batch, keys))
-            found.append({"chunks": chunks, "score": score})
+            found.append(jax.device_get(program(params, batch, keys)))
             if jax.process_index() == 0:
                 _save(path, found[-1])
-    whole = {name: np.concatenate([x[name] for x in found]) for name in ("chunks", "score")}
-    return {name: x[: len(rows)] for name, x in whole.items()}
+    return {name: np.concatenate([x[name] for x in found])[: len(starts)] for name in found[0]}
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -9,14 +9,27 @@ from configs.libero_long import get_config
 from experiments import branch_length
 
 
+def by_ppo():
+    config = get_config("micro").unlock()
+    config.rl.method = "ppo"
+    return config
+
+
 @pytest.mark.parametrize(("length", "starts", "chunks"), [("1", 1024, 1), ("4", 256, 4)])
 def test_every_length_imagines_as_many_chunks(length, starts, chunks):
-    rl = branch_length.with_branches(get_config("micro"), length).rl
+    rl = branch_length.with_branches(by_ppo(), length).rl
     assert (rl.start_states, rl.branch_chunks) == (starts, chunks)
 
 
+@pytest.mark.parametrize(("length", "starts", "chunks"), [("1", 1920, 1), ("full", 120, 16)])
+def test_ranked_branches_imagine_as_many_chunks(length, starts, chunks):
+    rl = branch_length.with_branches(get_config("micro"), length).rl
+    assert (rl.ranked.start_states, rl.ranked.chunks) == (starts, chunks)
+    assert rl.start_states_from == ("episode_start" if length == "full" else "dataset")
+
+
 def test_the_full_horizon_starts_with_the_episode():
-    rl = branch_length.with_branches(get_config("micro"), "full").rl
+    rl = branch_length.with_branches(by_ppo(), "full").rl
     assert (rl.branch_chunks, rl.start_states_from) == (16, "episode_start")
     assert rl.start_states == 64
     assert rl.start_states % rl.imagination_batch == 0

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -45,17 +46,19 @@ def config(**changes):
     return c
 
 
-def improved(directory, **changes):
+def improved(directory, mean=0.0, **changes):
     policy = ActingPolicy()
     # The value grows to the right, so the best chunks are those that move farthest.
-    params = policy.init() | {"critic": {"w": np.array([0.0, 0.2], np.float32)}}
+    critic = {"w": np.array([0.0, 0.2], np.float32)}
+    params = {"actor": {"mean": jnp.float32(mean)}, "critic": critic}
     starts = Source(
         lambda e, f: jax.tree.map(lambda x: x[0], observation([-0.01 * e])),
         [(e, 0) for e in range(40)],
     )
     directory.mkdir(exist_ok=True)
+    changed = config(**changes)
     found, summary = finetune_on_best(
-        config(**changes), policy, ToyWorld(), params, {}, starts, directory=directory, origin={}
+        changed, policy, ToyWorld(), params, {}, starts, directory=directory, origin={}
     )
     return float(found["actor"]["mean"]), summary
 
@@ -70,7 +73,30 @@ def test_the_policy_moves_to_where_the_best_chunks_are(tmp_path):
     assert len(list((tmp_path / "ranked").iterdir())) == 13  # parts of 64 chunks: 8 states
 
 
-def test_a_neighbours_ranks_say_nothing(tmp_path):
+def test_a_branch_is_learnt_up_to_its_success(tmp_path):
+    # From up to -0.39 a chunk moves by 1.2 ± 0.2: about two thirds of the branches are done then.
+    ranked = {**config().rl.ranked, "chunks": 2, "kept": 3}
+    _, summary = improved(tmp_path, mean=1.2, ranked=ranked)
+    assert summary["imagined_chunks"] == 1600
+    learnt = 0
+    for path in sorted((tmp_path / "ranked").iterdir()):
+        with np.load(path) as part:
+            first, going_on = part["actions"][:, 0], part["going_on"]
+            assert first.shape == (8, 3, 2, 1)
+            moved = part["proprio"][:, 0, :, 0] - first.mean((-2, -1))
+            start = moved[:, :1]  # one start for every branch of a group
+            np.testing.assert_allclose(moved, np.repeat(start, 3, axis=1), atol=1e-6)
+            np.testing.assert_allclose(100 * start, np.round(100 * start), atol=1e-4)
+            np.testing.assert_array_equal(going_on[:, 0], 1.0)
+            np.testing.assert_array_equal(going_on[:, 1], part["proprio"][:, 0, :, 0] <= 1.0)
+            assert part["view_camera"].shape == (8, 1, 3, 1, 1, 3)
+            left = 100 - 8 * int(path.stem)  # the last part is filled up
+            learnt += int(going_on[:left].sum())
+    assert summary["chunks_learnt"] == learnt
+    assert 300 < learnt < 600
+
+
+def test_ranks_at_random_say_nothing(tmp_path):
     mean, _ = improved(tmp_path, exchange_advantages=True)
     assert abs(mean) < 0.04  # 0.3 / sqrt(2) / sqrt(200) = 0.015 is one standard error
 
