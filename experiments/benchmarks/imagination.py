@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks.flops import matmul_flops
+from experiments.benchmarks.policy import neutral_stats
 from experiments.benchmarks.reference_stack import (
     ReferenceImagination,
     ServedWorld,
@@ -21,7 +22,6 @@ from experiments.benchmarks.reference_stack import (
 from experiments.benchmarks.timing import interleave, matmul_peak, measured, timed
 from experiments.benchmarks.world_model import awake
 from mbpo_jax.mbpo import imagine
-from mbpo_jax.nn.normalization import NormStats
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
 from mbpo_jax.stages.imagination import ROW_AXES, branch_keys
@@ -133,10 +133,10 @@ def models(config: Config) -> tuple[FlowPolicy, UMMWorld, Params, Params]:
         config = config.copy_and_resolve_references()
         with config.unlocked():
             config.world_model.model = latent
-    sizes = {"actions": config.robot.actions, "state": config.robot.states}
+    robot = config.robot
     stats = {
-        name: NormStats(*(np.full(len(of), x, np.float32) for x in (0, 1, -1, 1)))
-        for name, of in sizes.items()
+        "actions": neutral_stats(len(robot.actions)),
+        "state": neutral_stats(len(robot.states)),
     }
     policy = build_policy(config, stats)
     world = build_world_model(config)

@@ -97,8 +97,13 @@ def _ours(config: Pi0Config, work: str, batch: int) -> tuple[Run, float]:
 
 def build(config: Pi0Config) -> FlowPolicy:
     """The policy of a robot with openpi's cameras and as many actions as the config has."""
-    stats = NormStats(*(np.full(config.action_dim, x, np.float32) for x in (0, 1, -1, 1)))
+    stats = neutral_stats(config.action_dim)
     return FlowPolicy(config, stats, stats, CAMERAS, [(-1.0, 1.0)] * config.action_dim)
+
+
+def neutral_stats(size: int) -> NormStats:
+    """Statistics [size] under which normalisation changes nothing."""
+    return NormStats(*(np.full(size, x, np.float32) for x in (0, 1, -1, 1)))
 
 
 def inputs(config: Pi0Config, batch: int) -> Observation:

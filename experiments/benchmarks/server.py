@@ -13,8 +13,7 @@ import numpy as np
 from tqdm import tqdm
 from websockets.sync.client import connect
 
-from experiments.benchmarks.policy import sizes
-from mbpo_jax.nn.normalization import NormStats
+from experiments.benchmarks.policy import neutral_stats, sizes
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.serving.inference import ServedPolicy
 from mbpo_jax.serving.protocol import pack, unpack
@@ -51,10 +50,7 @@ def run(size: str, clients: Sequence[int], requests: int) -> list[dict]:
 def _fresh_policy(size: str, max_batch: int) -> ServedPolicy:
     network = sizes()[size]
     network = dataclasses.replace(network, vocab_size=max(512, network.vocab_size))
-    stats = [
-        NormStats(*(np.full(n, x, np.float32) for x in (0, 1, -1, 1)))
-        for n in (ACTION_DIM, STATE_DIM)
-    ]
+    stats = neutral_stats(ACTION_DIM), neutral_stats(STATE_DIM)
     policy = FlowPolicy(network, *stats, CAMERAS, [(-1.0, 1.0)] * ACTION_DIM)
     config = ml_collections.ConfigDict(
         {

@@ -1,6 +1,5 @@
 """The target `gpu` of the benchmark, at its tiny sizes."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -12,7 +11,8 @@ import pytest
 
 from configs import libero_long
 from experiments import benchmark
-from experiments.benchmarks import gpu, policy, world_model
+from experiments.benchmarks import gpu, gpu_rows, policy, world_model
+from experiments.benchmarks.gpu_timing import Group, Row, Work
 from mbpo_jax.mbpo import Settings
 from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.stages.build import dataclass_from
@@ -75,7 +75,7 @@ def test_every_row_is_measured_with_five_packages(run):
     out, text = run
     (only,) = json.loads((out / "gpu.json").read_text())["runs"]
     rows = {row["row"]: row for row in only["rows"]}
-    assert list(rows) == gpu.row_names(gpu.sizes("tiny"))
+    assert list(rows) == gpu_rows.row_names(gpu_rows.sizes("tiny"))
     for name, row in rows.items():
         assert name in text
         assert row["runs"] >= 5
@@ -135,48 +135,14 @@ def test_a_damaged_record_is_kept_and_named(tmp_path, capsys):
     assert (tmp_path / "gpu.json").read_text() == "["
 
 
-def work_of(batch):
-    return gpu.Work(lambda x: x @ x.T, lambda: (jax.numpy.ones((batch, 64)),))
-
-
-@pytest.fixture
-def bench(tmp_path):
-    return gpu.Bench(tmp_path, minutes=60, compile_seconds=1.0)
-
-
-def test_the_batch_is_halved_while_memory_runs_out(bench, monkeypatch):
-    tried, seconds = [], gpu.Bench._seconds
-
-    def exhausted(self, name, work, compiled):
-        tried.append(len(work.arguments()[0]))
-        if tried[-1] > 4:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return seconds(self, name, work, compiled)
-
-    monkeypatch.setattr(gpu.Bench, "_seconds", exhausted)
-    row = gpu.Row(lambda params, batch: work_of(batch), (16, 8, 4, 2))
-    assert bench.row("train", row, {})["batch"] == 4
-    assert tried == [16, 8, 4]
-    with pytest.raises(gpu.Skipped, match="out of memory at batch 8"):
-        bench.row("train", gpu.Row(row.work, (8,)), {})
-
-
-def test_what_is_known_not_to_fit_is_not_run(bench, monkeypatch):
-    monkeypatch.setattr(gpu, "_memory", {"bytes_limit": 1000}.get)
-    row = gpu.Row(lambda params, batch: work_of(batch), (8, 4, 2))  # 256 bytes a row and more
-    assert bench.row("train", row, {})["batch"] == 2
-    with pytest.raises(gpu.Skipped, match="GiB are needed at batch 4"):
-        bench.row("train", gpu.Row(row.work, (8, 4)), {})
-    with pytest.raises(gpu.Skipped, match="its parameters take"):
-        bench.params(gpu.Group(lambda: jax.numpy.ones(1000), {}))
-
-
 def test_one_failure_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
     def broken(params, batch):
         raise RuntimeError("broken\nand more")
 
-    good = gpu.Row(lambda params, batch: work_of(batch))
-    group = gpu.Group(dict, {"bad": gpu.Row(broken), "good": good})
+    def good(params, batch):
+        return Work(lambda x: x @ x.T, lambda: (jax.numpy.ones((batch, 64)),))
+
+    group = Group(dict, {"bad": Row(broken), "good": Row(good)})
     monkeypatch.setattr(gpu, "groups", lambda sizes: (group,))
     assert gpu.run("tiny", tmp_path) == 1
     bad, good = json.loads((tmp_path / "gpu.json").read_text())["runs"][0]["rows"]
@@ -185,29 +151,8 @@ def test_one_failure_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
     assert "failed: RuntimeError: broken" in capsys.readouterr().out
 
 
-def test_top_operations_are_those_of_the_device(tmp_path):
-    names = {(1, 1): ("/device:GPU:0", "Stream #1"), (2, 1): ("/host:CPU", "python")}
-    events = [
-        event
-        for (pid, tid), (process, thread) in names.items()
-        for event in (
-            {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": process}},
-            {"ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": {"name": thread}},
-        )
-    ]
-    for pid, name, microseconds in ((1, "gemm", 3000), (1, "softmax", 1000), (2, "main", 9000)):
-        events.append({"ph": "X", "pid": pid, "tid": 1, "name": name, "dur": microseconds})
-    content = gzip.compress(json.dumps({"traceEvents": events}).encode())
-    (tmp_path / "machine.trace.json.gz").write_bytes(content)
-    lines = gpu.top_operations(tmp_path).splitlines()[1:]
-    assert [line.split() for line in lines] == [
-        ["3.00", "ms", "75.0%", "gemm"],
-        ["1.00", "ms", "25.0%", "softmax"],
-    ]
-
-
 def test_small_is_the_size_of_the_config():
-    config, sizes = libero_long.get_config("small"), gpu.Sizes
+    config, sizes = libero_long.get_config("small"), gpu_rows.Sizes
     settings = Settings.of(config.rl)
     for name in (
         "branch_chunks",
@@ -216,7 +161,7 @@ def test_small_is_the_size_of_the_config():
         "anchor_weight",
         "gradient_accumulation",
     ):
-        assert getattr(gpu.SMALL_SETTINGS, name) == getattr(settings, name)
+        assert getattr(gpu_rows.SMALL_SETTINGS, name) == getattr(settings, name)
     assert sizes.sft_batch == config.sft.batch_size
     assert sizes.dynamics_batch == config.world_model.dynamics_batch_size
     assert sizes.reward_batch == config.world_model.reward_batch_size
@@ -224,7 +169,7 @@ def test_small_is_the_size_of_the_config():
     assert sizes.world_prompt == config.world_model.max_prompt_tokens
     assert sizes.minibatch == config.rl.minibatch_size
     assert sizes.anchors == config.rl.anchor_batch
-    full = gpu.sizes("full")
+    full = gpu_rows.sizes("full")
     assert full.policy.flow == dataclass_from(FlowConfig, config.rl.flow)
     assert full.world == dataclass_from(UMMConfig, config.world_model.model)
 
