@@ -3,36 +3,20 @@ of time for abstract parameters on virtual devices, and its memory, matrix produ
 are read from the compiled program.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.benchmarks.hlo import Cost, program_cost
-from mbpo_jax.mbpo import MBPO, Settings
-from mbpo_jax.nn.normalization import NormStats
-from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
-from mbpo_jax.stages.finetune_policy import flow_matching_loss
-from mbpo_jax.stages.finetune_world_model import joint_loss
-from mbpo_jax.stages.imagination import placed_branch, programs
-from mbpo_jax.training.loop import Training, initial_state, jit_step, make_optimizer, train_step
-from mbpo_jax.training.sharding import (
-    batch_sharding,
-    frozen_weight_sharding,
-    make_mesh,
-    parameter_sharding,
-)
-from mbpo_jax.types import Demonstration, Observation, RewardExample, Transition
+from experiments.benchmarks.steps import Step, Steps
+from mbpo_jax.stages.build import Config
+from mbpo_jax.training.sharding import make_mesh
 
 GIB = 2**30
 USABLE = 0.95  # of a device's memory: the rest is the runtime's, and lost between arrays
 HOST_DEVICES = 8  # joined by NVLink; hosts are joined by the network
-OTHER_SUITES_BRANCHES = 512  # start states of the suites other than LIBERO-Long
 COMPILER_OPTIONS = {
     # Neither helps a program that is only looked at, and both take most of the time.
     "xla_backend_optimization_level": 0,
@@ -56,24 +40,6 @@ class Peaks:
 
 # NVIDIA's data sheet of the SXM5 module, and one 400 Gb/s InfiniBand port per device.
 H100 = Peaks("H100 SXM", flops=989e12, memory=3.35e12, link=450e9, network=50e9)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A program of a stage.
-
-    program, arguments: a jitted function and what it is lowered for. runs: how often the stage
-    runs it. resident: bytes per device of arrays that live meanwhile without being its arguments.
-    gradient: bytes per device of the gradient that devices along `data` exchange.
-    """
-
-    name: str
-    stage: str
-    runs: int
-    program: Callable
-    arguments: tuple
-    resident: int = 0
-    gradient: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +109,7 @@ def plan(config: Config, devices: list[jax.Device], only: str = "") -> tuple[Mes
         ValueError: batch sizes that do not divide the devices.
     """
     mesh = make_mesh(config.parallel.fsdp, devices)
-    return mesh, _measure_all([s for s in steps(config, mesh) if only in s.name], mesh)
+    return mesh, _measure_all([s for s in Steps(config, mesh) if only in s.name], mesh)
 
 
 def _measure_all(chosen: list[Step], mesh: Mesh) -> list[Measured]:
@@ -169,7 +135,7 @@ def weak_scaling(
     for count in counts:
         grown = _with_batches_times(config, count // config.parallel.fsdp)
         mesh = make_mesh(config.parallel.fsdp, devices[:count])
-        of_the_run = [s for s in steps(grown, mesh) if s.runs and only in s.name]
+        of_the_run = [s for s in Steps(grown, mesh) if s.runs and only in s.name]
         measured[count] = _measure_all(of_the_run, mesh)
     return measured
 
@@ -188,169 +154,6 @@ def _with_batches_times(config: Config, factor: int) -> Config:
     ):
         section[name] *= factor
     return config
-
-
-def steps(config: Config, mesh: Mesh) -> Iterator[Step]:
-    """Every step of the run with abstract arguments."""
-    builder = observation_builder(config)
-    size = (config.image_size, config.image_size, 3)
-    images = {camera: np.zeros(size, np.uint8) for camera in config.cameras}
-    seen = builder(
-        images, np.zeros(len(config.robot.states)), "pick up the book and place it on the shelf"
-    )
-    return _Steps(config, mesh, seen).all()
-
-
-class _Steps:
-    def __init__(self, config: Config, mesh: Mesh, seen: Observation):
-        self.config, self.mesh, self.seen = config, mesh, seen
-        self.rules = config.parallel.rules
-        zeros = {"actions": config.action_dim, "state": len(config.robot.states)}
-        stats = {name: NormStats(*(np.zeros(n, np.float32),) * 4) for name, n in zeros.items()}
-        self.policy, self.world = build_policy(config, stats), build_world_model(config)
-        self.policy_params, self.world_params = (
-            jax.eval_shape(model.init, jax.random.key(0)) for model in (self.policy, self.world)
-        )
-        self.actions = np.zeros((config.chunk, config.action_dim), np.float32)
-        self.key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def all(self) -> Iterator[Step]:
-        yield self._sft()
-        if self.config.world_model.vae_training.steps:
-            yield self._autoencoder()
-        yield self._world_model()
-        own = self.config.rl.start_states
-        for branches in sorted({min(own, OTHER_SUITES_BRANCHES), own}):
-            yield from self._optimization(branches, in_run=branches == own)
-
-    def _sft(self) -> Step:
-        trainable = self.policy.trainable(self.policy_params)["actor"]
-        row = Demonstration(self.seen, self.actions, np.float32(1))
-        return self._training(
-            "SFT step",
-            "sft",
-            flow_matching_loss(self.policy),
-            self.config.sft,
-            self.policy_params["actor"],
-            {},
-            self._batch(row, self.config.sft.batch_size),
-            trainable,
-        )
-
-    def _autoencoder(self) -> Step:
-        section = self.config.world_model.vae_training
-        images = self._batch(next(iter(self.seen.images.values())), section.batch_size)
-
-        def loss_fn(vae, frozen, images, key):
-            return self.world.autoencoder.loss(vae, images, key)
-
-        start = self.world_params["vae"]
-        return self._training("autoencoder step", "vae", loss_fn, section, start, {}, images)
-
-    def _world_model(self) -> Step:
-        section, world = self.config.world_model, self.world
-        moments = None
-        if world.config.vae:
-            encoded = jax.eval_shape(
-                world.autoencoder.moments,
-                self.world_params,
-                self._abstract(self.seen.images[world.cameras[0]][None]),
-            )
-            of_view = {camera: np.zeros(encoded.shape[1:], np.float32) for camera in world.cameras}
-            moments = of_view, of_view
-        transition = Transition(self.seen, self.actions, self.seen.images, self.seen.proprio)
-        batch = (
-            self._batch((transition, moments), section.dynamics_batch_size),
-            self._batch(RewardExample(self.seen, np.float32(0)), section.reward_batch_size),
-        )
-        params = self.world_params
-        return self._training(
-            "world-model step",
-            "world_model",
-            joint_loss(self.config, world),
-            section.training,
-            {k: v for k, v in params.items() if k not in world.frozen},
-            {k: v for k, v in params.items() if k in world.frozen},
-            batch,
-        )
-
-    def _training(
-        self, name, stage, loss_fn, section, params, frozen, batch, trainable=None
-    ) -> Step:
-        tx = make_optimizer(Training.of(section), trainable)
-        state = self._placed(jax.eval_shape(partial(initial_state, tx=tx), params))
-        step = train_step(loss_fn, tx, section.ema_decay, section.gradient_accumulation)
-        program = jit_step(step, jax.tree.map(lambda x: x.sharding, state))
-        arguments = (state, self._placed(frozen), batch, self.key)
-        gradient = device_bytes(state.params)
-        return Step(name, stage, section.steps, program, arguments, gradient=gradient)
-
-    def _optimization(self, branches: int, in_run: bool) -> Iterator[Step]:
-        config = self.config.copy_and_resolve_references()
-        config.unlock()
-        config.rl.start_states = branches
-        rl, mesh = config.rl, self.mesh
-        trainable = self.policy.trainable(self.policy_params)["actor"]
-        mbpo = MBPO(self.policy, Settings.of(rl), config.chunk, trainable)
-        state = self._placed(jax.eval_shape(mbpo.init, self.policy_params))
-        weights = jax.eval_shape(self.world.for_inference, self.world_params)
-        placement = frozen_weight_sharding(weights, mesh, self.rules, config.parallel.world_model)
-        at_rest, in_use = (jax.tree.map(_with_sharding, weights, where) for where in placement)
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        refill, revalue, _, update = programs(config, mbpo, self.world, mesh, shardings)
-        one = self._abstract(jax.tree.map(lambda x: x[None], self.seen))
-        precomputed = jax.eval_shape(self.world.precompute, weights, one, self.key)
-        precomputed = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), precomputed)
-        start = self._batch((self.seen, precomputed), branches)
-        refill_step = Step(
-            f"imagination of {branches} branches",
-            "improve",
-            -(-rl.updates // rl.updates_per_refill) * in_run,
-            jax.jit(refill),
-            (state.params, in_use, start, self.key),
-            device_bytes((state.actor_opt, state.critic_opt)),
-        )
-        yield refill_step
-        if not in_run:
-            return
-        branch = placed_branch(jax.eval_shape(refill, *refill_step.arguments), mesh)
-        idle = 0 if config.parallel.world_model == "offloaded" else device_bytes(at_rest)
-        refills = refill_step.runs
-        yield Step(
-            "value recomputation",
-            "improve",
-            max(rl.updates // rl.value_recompute_every - refills, 0),
-            revalue,
-            (state.params, branch),
-            idle + device_bytes((state.actor_opt, state.critic_opt)),
-        )
-        gradient = device_bytes(state.params)
-        arguments = (state, branch, self.key)
-        yield Step("PPO update", "improve", rl.updates, update, arguments, idle, gradient)
-
-    def _placed(self, tree):
-        return jax.tree.map(_with_sharding, tree, parameter_sharding(tree, self.mesh, self.rules))
-
-    def _batch(self, row, size: int):
-        sharding = batch_sharding(self.mesh)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((size, *np.shape(x)), x.dtype, sharding=sharding), row
-        )
-
-    def _abstract(self, tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def _with_sharding(x, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of abstract arrays with shardings."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
 
 
 def memory_table(measured: list[Measured], budget: float) -> str:
