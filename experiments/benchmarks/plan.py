@@ -151,6 +151,7 @@ def _with_batches_times(config: Config, factor: int) -> Config:
         (rl, "start_states"),
         (rl, "imagination_batch"),
         (rl, "minibatch_size"),
+        (rl, "anchor_batch"),
     ):
         section[name] *= factor
     return config

@@ -57,6 +57,7 @@ class Steps:
             jax.eval_shape(model.init, jax.random.key(0)) for model in (self.policy, self.world)
         )
         self.actions = np.zeros((config.chunk, config.action_dim), np.float32)
+        self.demonstration = Demonstration(self.seen, self.actions, np.float32(1))
         self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def __iter__(self) -> Iterator[Step]:
@@ -70,7 +71,6 @@ class Steps:
 
     def _sft(self) -> Step:
         trainable = self.policy.trainable(self.policy_params)["actor"]
-        row = Demonstration(self.seen, self.actions, np.float32(1))
         return self._training(
             "SFT step",
             "sft",
@@ -78,7 +78,7 @@ class Steps:
             self.config.sft,
             self.policy_params["actor"],
             {},
-            self._batch(row, self.config.sft.batch_size),
+            self._batch(self.demonstration, self.config.sft.batch_size),
             trainable,
         )
 
@@ -167,7 +167,8 @@ class Steps:
             idle + device_bytes((state.actor_opt, state.critic_opt)),
         )
         gradient = device_bytes(state.params)
-        arguments = (state, branch, self.key)
+        anchors = self._batch(self.demonstration, rl.anchor_batch) if rl.anchor_weight else None
+        arguments = (state, branch, self.key, anchors)
         yield Step("PPO update", "improve", rl.updates, update, arguments, idle, gradient)
 
     def _placed(self, tree):

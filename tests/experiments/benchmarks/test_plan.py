@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from configs.libero_long import get_config
-from experiments.benchmarks import plan
+from experiments.benchmarks import plan, steps
 from experiments.benchmarks.hlo import Cost, axes_of_groups, program_cost
 from mbpo_jax.stages.build import build_policy
+from mbpo_jax.training.sharding import make_mesh
 from tests.policy.conftest import stats
 
 MESH = {"data": 4, "fsdp": 2}
@@ -94,6 +95,13 @@ def test_a_real_step_is_measured(measured):
     assert 1.0 < measured.cost.flops / (2 * 1.7e6 * tokens) < 6.0
     assert measured.cost.unknown_loops == 0
     assert not measured.cost.collectives
+
+
+def test_the_update_has_the_anchor_of_its_config():
+    config = get_config("tiny")
+    assert config.rl.anchor_weight
+    *_, update = steps.Steps(config, make_mesh(devices=jax.devices()[:1]))
+    update.program.lower(*update.arguments)
 
 
 def test_what_does_not_fit_is_said(measured):
