@@ -2,30 +2,35 @@
 
 A fixture folder holds a tiny checkpoint in the released layout and .npz files of recorded arrays:
 embeddings, masks and norms, autoencoder, ViT, guidance arithmetic, picture transforms (here);
-packed training sequences, understanding and guided generation (`bagel_sequences`).
+packed training sequences (`bagel_training`), understanding and guided generation
+(`bagel_inference`).
 """
 
-import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parity_suites import bagel_sequences as sequences
 from experiments.parity_suites import image_transform
-from experiments.parity_suites.bagel_sequences import Golden, Row, row
+from experiments.parity_suites.bagel_golden import (
+    ATTENTION,
+    Golden,
+    Row,
+    load,
+    nhwc,
+    row,
+    sample_latents,
+)
+from experiments.parity_suites.bagel_inference import generation_rows, understanding_rows
+from experiments.parity_suites.bagel_training import training_rows
 from mbpo_jax.nn import navit, qwen2_mot, vae
 from mbpo_jax.nn.layers import rotate
 from mbpo_jax.nn.qwen2_mot import Segment
 from mbpo_jax.world_model import bagel as model
 from mbpo_jax.world_model import generation, guidance
-from mbpo_jax.world_model.checkpoint import load_bagel
-from mbpo_jax.world_model.config import GuidanceConfig, bagel
-
-ATTENTION = ("causal", "full", "noise")
+from mbpo_jax.world_model.config import GuidanceConfig
 
 
 def run(fixtures: str | Path) -> list[Row]:
@@ -41,27 +46,6 @@ def run(fixtures: str | Path) -> list[Row]:
     return [row for folder in folders for row in folder_rows(folder)]
 
 
-def load(folder: Path) -> Golden:
-    """The folder's model, in float32, and its special tokens."""
-    sizes = json.loads((folder / "bagel_config.json").read_text(encoding="utf-8"))
-    base = bagel()
-    base = dataclasses.replace(
-        base,
-        mot=dataclasses.replace(base.mot, dtype="float32", remat=False),
-        vit=dataclasses.replace(base.vit, dtype="float32"),
-        train_timestep_shift=sizes.get("timestep_shift", 1.0),
-    )
-    config, params = load_bagel(folder, base)
-    ids = sizes["new_token_ids"]
-    tokenizer = SimpleNamespace(
-        bos_id=ids["bos_token_id"],
-        eos_id=ids["eos_token_id"],
-        start_of_image_id=ids["start_of_image"],
-        end_of_image_id=ids["end_of_image"],
-    )
-    return Golden(folder, config, params, tokenizer, sizes)
-
-
 def folder_rows(folder: Path) -> list[Row]:
     """Rows of all the files that are there."""
     golden = load(folder)
@@ -71,15 +55,15 @@ def folder_rows(folder: Path) -> list[Row]:
         "vit": vit_rows,
         "cfg_math": guidance_rows,
         "transforms": transform_rows,
-        "und_infer": sequences.understanding_rows,
+        "und_infer": understanding_rows,
     }
     rows = resize_rows(golden)
     for path in sorted(folder.glob("*.npz")):
         part = parts.get(path.stem)
         if path.stem.startswith("train_"):
-            part = sequences.training_rows
+            part = training_rows
         elif path.stem.startswith("gen_"):
-            part = sequences.generation_rows
+            part = generation_rows
         if part is not None:
             arrays = dict(np.load(path))
             rows += [(f"{path.stem}/{r[0]}", *r[1:]) for r in part(golden, path.stem, arrays)]
@@ -124,7 +108,10 @@ def embedding_rows(golden: Golden, name: str, z: dict) -> list[Row]:
     norm, mot_eps = params["mot"]["norm"], config.mot.norm_eps
     layer_norm = navit.layer_norm(z["ln_in"], params["vit"]["post_layernorm"], config.vit.norm_eps)
     group_norm = vae.group_norm(params["vae"]["encoder"]["norm_out"], nhwc(z["gn_in"]), config.vae)
-    und, gen = (qwen2_mot.rms_norm(z["rms_in"], norm[e]["scale"], mot_eps) for e in norm_order())
+    und, gen = (
+        qwen2_mot.rms_norm(z["rms_in"], norm[expert]["scale"], mot_eps)
+        for expert in qwen2_mot.EXPERTS
+    )
     return [
         *rows,
         row("rms_norm", und, z["rms_norm"]),
@@ -132,11 +119,6 @@ def embedding_rows(golden: Golden, name: str, z: dict) -> list[Row]:
         row("ln_out", layer_norm, z["ln_out"]),
         row("gn_out", group_norm, nhwc(z["gn_out"])),
     ]
-
-
-def norm_order() -> tuple[str, str]:
-    """Understanding expert first."""
-    return qwen2_mot.EXPERTS
 
 
 def vae_rows(golden: Golden, name: str, z: dict) -> list[Row]:
@@ -152,7 +134,7 @@ def vae_rows(golden: Golden, name: str, z: dict) -> list[Row]:
             rows.append(row(key, moments, nhwc(z[key])))
         if kind == "latent" and f"{view}_noise" in z:
             noise, pixels = nhwc(z[f"{view}_noise"]), nhwc(z[f"{view}_pixels"])
-            latents = sequences.sample_latents(params, config, pixels, noise)
+            latents = sample_latents(params, config, pixels, noise)
             rows.append(row(key, latents, nhwc(z[key])))
         if kind == "decoded":
             decoded = vae.decode(params, config, nhwc(z[f"{view}_latent"]))
@@ -271,8 +253,3 @@ def resize_rows(golden: Golden) -> list[Row]:
         for case in cases
     ]
     return [row("resize_table", np.asarray(found), np.asarray([c["out_wh"] for c in cases]), 0.0)]
-
-
-def nhwc(x: np.ndarray) -> np.ndarray:
-    """PyTorch's channel order to ours."""
-    return np.moveaxis(x, 1, -1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments.parity_suites.bagel_sequences import export_arrays
+from experiments.parity_suites.bagel_training import export_arrays
 from mbpo_jax.world_model.checkpoint import load_bagel
 from mbpo_jax.world_model.config import bagel
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.parity_suites import bagel
+from experiments.parity_suites.bagel_golden import load
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "bagel"
 
@@ -18,7 +19,7 @@ def test_every_golden_array():
 
 
 def test_a_difference_is_found():
-    golden = bagel.load(FIXTURES)
+    golden = load(FIXTURES)
     norm = golden.params["mot"]["norm"]["gen"]
     changed = {**golden.params["mot"]["norm"], "gen": {"scale": norm["scale"] * 1.01}}
     mot = {**golden.params["mot"], "norm": changed}
