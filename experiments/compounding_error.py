@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from configs import compounding_error as default_config
 from experiments.libero_long import one_message, parse_flags
-from experiments.theory import bounds, families, report, studies
+from experiments.theory import bounds, families, paragraphs, report, studies
 from mbpo_jax.stages.limits import (
     BELOW_ONE,
     COUNT_OR_NONE,
@@ -140,8 +140,8 @@ def main(argv) -> None:
         with jax.enable_x64(True):
             results = run(config)
         report.write(results, workdir)
-    print(report.case_study_text(results))
-    print(report.ratios_text(results))
+    print(paragraphs.case_study(results))
+    print(paragraphs.ratios(results))
     print(f"{time.monotonic() - start:.0f} s; report: {workdir / 'report.html'}")
 
 

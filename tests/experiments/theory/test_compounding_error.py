@@ -11,7 +11,7 @@ import pytest
 
 from configs import compounding_error as configs
 from experiments import compounding_error as experiment
-from experiments.theory import bounds, claims, report
+from experiments.theory import bounds, claims, paragraphs, report
 
 ROOT = Path(__file__).parents[3]
 
@@ -122,5 +122,5 @@ def test_results_agree_with_the_library(results):
 def test_paragraphs_follow_the_numbers(results):
     broken = json.loads(json.dumps(results))
     broken["adversarial"]["corrected_full_given"]["ratio"] = 1.5
-    assert "No corrected bound was exceeded" in report.ratios_text(results)
-    assert "CORRECTED BOUNDS EXCEEDED: corrected_full_given" in report.ratios_text(broken)
+    assert "No corrected bound was exceeded" in paragraphs.ratios(results)
+    assert "CORRECTED BOUNDS EXCEEDED: corrected_full_given" in paragraphs.ratios(broken)
