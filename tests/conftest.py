@@ -42,6 +42,7 @@ def fast_compilation(request):
 LONGEST = (
     "test_pipeline.py",
     "test_fidelity.py",
+    "test_learning.py",
     "test_umm_world.py",
     "test_sharding.py",
     "test_pi0.py",

@@ -10,6 +10,7 @@ from mbpo_jax.nn.navit import NaViTConfig
 from mbpo_jax.nn.qwen2_mot import MoTConfig
 from mbpo_jax.nn.vae import VAEConfig
 from mbpo_jax.types import Observation, Prompt, Transition
+from mbpo_jax.world_model.composed import ComposedWorld
 from mbpo_jax.world_model.config import UMMConfig
 from mbpo_jax.world_model.metrics import judge, predictor
 from mbpo_jax.world_model.umm_world import UMMWorld
@@ -46,11 +47,19 @@ TINY = UMMConfig(
     num_timesteps=3,
     freeze_vit=False,
 )
+COMPOSED = dataclasses.replace(
+    TINY, vae=None, prediction="composed", latent_patch=4, max_latent_side=4, proprio_dim=8
+)
 
 
 def make_world(cameras=CAMERAS, **changes):
     config = dataclasses.replace(TINY, **changes)
     return UMMWorld(config, cameras, SIZE, 2, 3, WordTokenizer())
+
+
+def make_composed_world(cameras=CAMERAS, **changes):
+    config = dataclasses.replace(COMPOSED, **changes)
+    return ComposedWorld(config, cameras, SIZE, 2, 3, WordTokenizer())
 
 
 def make_observation(seed=0, batch=(2,), cameras=CAMERAS):
@@ -61,6 +70,10 @@ def make_observation(seed=0, batch=(2,), cameras=CAMERAS):
     )
     images = {c: rng.integers(0, 256, (*batch, SIZE, SIZE, 3)).astype(np.uint8) for c in cameras}
     return Observation(images, rng.normal(size=(*batch, 8)).astype(np.float32), prompt, prompt)
+
+
+def actions(seed=0, batch=2):
+    return np.random.default_rng(seed).uniform(-1, 1, (batch, 3, 2)).astype(np.float32)
 
 
 def make_transition(seed=0, batch=(2,), cameras=CAMERAS):

@@ -1,7 +1,5 @@
 """Views composed of pixels: the parts against loops by hand, and what reaches which prediction."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,19 +9,20 @@ from mbpo_jax.world_model import composition, metrics
 from mbpo_jax.world_model.composed import ComposedWorld
 from mbpo_jax.world_model.config import variant
 
-from .conftest import CAMERAS, SIZE, TINY, WordTokenizer, make_observation, make_transition
-from .test_umm_world import actions, moving_squares, train
-
-KEY = jax.random.key(3)
-PATCH = 4
-COMPOSED = dataclasses.replace(
-    TINY, vae=None, prediction="composed", latent_patch=PATCH, max_latent_side=4, proprio_dim=8
+from .conftest import (
+    CAMERAS,
+    COMPOSED,
+    SIZE,
+    TINY,
+    WordTokenizer,
+    actions,
+    make_composed_world,
+    make_observation,
+    make_transition,
 )
 
-
-def make_world(**changes):
-    config = dataclasses.replace(COMPOSED, **changes)
-    return ComposedWorld(config, CAMERAS, SIZE, 2, 3, WordTokenizer())
+KEY = jax.random.key(3)
+PATCH = COMPOSED.latent_patch
 
 
 def awaken(params):
@@ -38,7 +37,7 @@ def awaken(params):
 
 @pytest.fixture(scope="module")
 def world():
-    return make_world()
+    return make_composed_world()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,7 @@ def test_a_fresh_model_nearly_copies_the_frame(world, step):
 def test_actions_reach_every_view_on_their_own(params, step):
     # Of independent views too: no view hears of the actions only through another one.
     observation = make_observation()
-    predict = jax.jit(metrics.predictor(make_world(interleaved=False)))
+    predict = jax.jit(metrics.predictor(make_composed_world(interleaved=False)))
     for program in (step, predict):
         first, second = (program(params, observation, actions(s), KEY) for s in (0, 1))
         for camera in CAMERAS:
@@ -167,39 +166,18 @@ def test_the_loss_is_a_share_of_the_real_change(world, params):
         np.testing.assert_allclose(parts[f"dynamics/{camera}"], 1.0, rtol=1e-4)
 
 
-@pytest.mark.trains
-def test_it_learns_a_moving_square():
-    world = make_world(proprio_dim=2)
-    rng = np.random.default_rng(0)
-    data = moving_squares(rng, 512)
-    params = world.init(jax.random.key(0))
-    params["statistics"] = world.measured(data)
-    frozen = {k: params[k] for k in world.frozen if k in params}
-    trained = {k: v for k, v in params.items() if k not in frozen}
-    rows = (rng.integers(512, size=32) for _ in range(200))
-    picks = (jax.tree.map(lambda x, i=i: x[i], data) for i in rows)
-    trained = train(
-        lambda p, b, k: world.dynamics_loss({**p, **frozen}, b, k)[0], trained, picks, 3e-3
-    )
-    held_out = moving_squares(rng, 128)
-    imagined = metrics.imagine_chunk(world, {**trained, **frozen}, held_out, KEY)
-    for camera in CAMERAS:
-        now, truth = held_out.observation.images[camera], held_out.next_images[camera]
-        assert metrics.unexplained(now, imagined.images[camera], truth) < 0.4
-
-
 def test_bad_configurations():
     with pytest.raises(ValueError, match="vae"):
-        make_world(vae=TINY.vae)
+        make_composed_world(vae=TINY.vae)
     with pytest.raises(ValueError, match="vae"):
-        make_world(prediction="velocity")
+        make_composed_world(prediction="velocity")
     assert (variant("micro").latent_side, variant("micro").token_size) == (8, 192)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_state_stays_of_one_kind_with_any_number_of_views(count):
     cameras = (*CAMERAS, "third")[:count]
-    world = ComposedWorld(COMPOSED, cameras, SIZE, 2, 3, WordTokenizer())
+    world = make_composed_world(cameras)
     observation = make_observation()
     images = dict.fromkeys(cameras, observation.images[CAMERAS[0]])
     observation = observation.replace(images=images)

@@ -5,14 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from mbpo_jax.types import RewardExample, Transition
 from mbpo_jax.world_model import bagel, metrics
 from mbpo_jax.world_model.autoencoder import to_uint8
 from mbpo_jax.world_model.config import GuidanceConfig, UMMConfig, variant
-from mbpo_jax.world_model.statistics import proprio_statistics
 from mbpo_jax.world_model.umm_world import UMMWorld
 
 from .conftest import (
@@ -20,6 +17,7 @@ from .conftest import (
     SIZE,
     TINY,
     WordTokenizer,
+    actions,
     awaken,
     make_observation,
     make_transition,
@@ -27,10 +25,6 @@ from .conftest import (
 )
 
 KEY = jax.random.key(3)
-
-
-def actions(seed=0, batch=2):
-    return np.random.default_rng(seed).uniform(-1, 1, (batch, 3, 2)).astype(np.float32)
 
 
 def test_weights_for_inference_change_no_output():
@@ -173,76 +167,6 @@ def test_text_actions_and_guidance():
     outside = make_world(**config, guidance=GuidanceConfig(3.0, 2.0, interval=(2.0, 3.0)))
     found = jax.jit(metrics.predictor(outside))(params, observation, actions(), KEY).images
     np.testing.assert_array_equal(plain["head"], found["head"])
-
-
-def moving_squares(rng, count):
-    """A bright square that the first action moves; the wrist view is the head view mirrored."""
-    start = rng.integers(2, 8, (count, 2))
-    step = rng.integers(-2, 3, (count, 2))
-
-    def draw(corner):
-        images = np.full((count, SIZE, SIZE, 3), 40, np.uint8)
-        for image, (row, column) in zip(images, corner):
-            image[row : row + 6, column : column + 6] = 220
-        return {"head": images, "wrist": images[:, :, ::-1].copy()}
-
-    observation = make_observation(batch=(count,)).replace(images=draw(start))
-    chunk = np.repeat(step[:, None] / 2.0, 3, axis=1).astype(np.float32)
-    observation = observation.replace(proprio=start.astype(np.float32))
-    return Transition(observation, chunk, draw(start + step), (start + step).astype(np.float32))
-
-
-def train(loss_fn, params, batches, learning_rate):
-    optimizer = optax.adam(learning_rate)
-
-    @jax.jit
-    def step(params, state, batch, key):
-        gradient = jax.grad(loss_fn)(params, batch, key)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state
-
-    state = optimizer.init(params)
-    for i, batch in enumerate(batches):
-        params, state = step(params, state, batch, jax.random.key(i))
-    return params
-
-
-@pytest.mark.trains
-def test_it_learns_a_moving_square():
-    world = make_world(train_timestep_shift=4.0, targets_per_example=2, proprio_dim=2)
-    rng = np.random.default_rng(0)
-    data, held_out = moving_squares(rng, 512), moving_squares(rng, 128)
-    fresh = world.init(jax.random.key(0))
-    fresh["statistics"] = proprio_statistics(world.config, data)
-
-    frozen = {k: fresh[k] for k in world.frozen}
-    trained = {k: v for k, v in fresh.items() if k not in world.frozen}
-    rows = (rng.integers(512, size=32) for _ in range(200))
-    picks = (jax.tree.map(lambda x, i=i: x[i], data) for i in rows)
-    trained = train(
-        lambda p, b, k: world.dynamics_loss({**p, **frozen}, b, k)[0], trained, picks, 3e-3
-    )
-    losses = jax.jit(lambda params: world.dynamics_loss(params, held_out, KEY)[1])
-    before, after = losses(fresh), losses({**trained, **frozen})
-    # Of a picture's velocity the noise cannot be known, of proprioception everything.
-    for name in before:
-        share = 0.1 if name == "dynamics/proprio" else 0.9
-        assert after[name] < share * before[name], (before, after)
-
-
-@pytest.mark.trains
-def test_reward_learns_a_bright_frame(world):
-    rng = np.random.default_rng(0)
-    fresh = world.init(jax.random.key(0))
-    label = (np.arange(64) % 2).astype(np.float32)
-    observation = make_observation(batch=(64,))
-    images = {**observation.images}
-    images["head"] = (images["head"] // 2 + 100 * label[:, None, None, None]).astype(np.uint8)
-    example = RewardExample(observation.replace(images=images), label)
-    picks = (jax.tree.map(lambda x, i=i: x[i], example) for i in rng.integers(64, size=(60, 32)))
-    params = train(lambda p, b, k: world.reward_loss(p, b)[0], fresh, picks, 2e-3)
-    probability = jax.jit(metrics.judge(world))(params, example.observation)
-    assert metrics.classification(probability, label)["f1"] > 0.95
 
 
 def test_bytes_are_rounded_and_clipped():
