@@ -66,7 +66,8 @@ class SteppedWorld(UMMWorld):
         self, params: Params, tokens: Float[Array, "B n v"], camera: str
     ) -> UInt8[Array, "B H W 3"]:
         """The decoded image of a view's tokens."""
-        return to_uint8(self._finish(params, camera, tokens).pixels)
+        pixels = self.autoencoder.decode(params, tokens)
+        return to_uint8(self._finish(params, camera, pixels, tokens).pixels)
 
 
 class ServedWorld(SteppedWorld, ReferenceOrder):

@@ -109,7 +109,10 @@ def _no_gen(und):
     return jnp.zeros((und.shape[0], 0, und.shape[2]), und.dtype)
 
 
-def _markers(params, config, tokenizer, batch):
+def markers(
+    params: Params, config: UMMConfig, tokenizer: Tokenizer, batch: int
+) -> Float[Array, "B 2 D"]:
+    """Embeddings of what stands before and behind a picture, for each of `batch` rows."""
     ids = jnp.asarray([tokenizer.start_of_image_id, tokenizer.end_of_image_id])
     embedded = qwen2_mot.embed_text(params["mot"], config.mot, ids)
     return jnp.broadcast_to(embedded, (batch, *embedded.shape))
@@ -156,7 +159,7 @@ def vit_segment(
     """A picture as ViT tokens between its markers; `features` come from `navit.forward`."""
     ids = navit.grid_ids(rows, columns, config.vit.max_patches_per_side)
     x = connect(params, config, features, ids)
-    marks = _markers(params, config, tokenizer, x.shape[0])
+    marks = markers(params, config, tokenizer, x.shape[0])
     und = jnp.concatenate([marks[:, :1], x, marks[:, 1:]], axis=1)
     return Segment(und, _no_gen(und), None, "full")
 
@@ -204,7 +207,7 @@ def latent_segment(
     x = embed_latents(params, config, tokens, ids, time[:, None])
     x = x.astype(config.mot.dtype)
     attention = "full" if t is None else "noise"
-    return Segment(_markers(params, config, tokenizer, x.shape[0]), x, None, attention)
+    return Segment(markers(params, config, tokenizer, x.shape[0]), x, None, attention)
 
 
 def read_latents(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B v"]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbpo_jax.nn import navit, qwen2_mot
+from mbpo_jax.nn import navit
 from mbpo_jax.nn.layers import linear
 from mbpo_jax.nn.qwen2_mot import Segment, empty_cache
 from mbpo_jax.shapes import Array, Float
@@ -57,7 +57,7 @@ class ComposedWorld(UMMWorld):
         batch, (observation,) = flatten(observation)
         frames = {c: Frame(to_pixels(observation.images[c]), None, None) for c in self.cameras}
         frames |= {c: self.seen(params, frames[c]) for c in self._featured}  # as after a step
-        return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, frames))
+        return restore(WorldState(observation, frames), batch)
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
         """The state k environment steps later, as `UMMWorld.step`; nothing in it is random."""
@@ -66,7 +66,7 @@ class ComposedWorld(UMMWorld):
         frames, _, proprio = self._advance(params, state.observation, state.memory, actions)
         images = {c: to_uint8(frames[c].pixels) for c in self.cameras}
         observation = state.observation.replace(images=images, proprio=proprio)
-        return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, frames))
+        return restore(WorldState(observation, frames), batch)
 
     def dynamics_loss(
         self, params: Params, transition: Transition, key: Array, moments: None = None
@@ -112,21 +112,20 @@ class ComposedWorld(UMMWorld):
     ) -> tuple[dict[str, Frame], dict[str, Array], Array]:
         """A chunk later: frames, the pictures behind them before clipping, proprioception."""
         prefix = [self._prompt(params, observation), self._action(params, actions)]
-        if self.config.proprio_dim:
-            prefix.append(self._proprio_query(params, observation.proprio))
-        cache = empty_cache(self.config.mot, len(actions))
-        cache, hidden, _ = bagel.extend(params, self.config, prefix, cache)
         proprio = observation.proprio
         if self.config.proprio_dim:
-            change = bagel.read_proprio(params, hidden[:, -1])
-            proprio = proprio + params["statistics"]["proprio"]["change"] * change
+            prefix.append(self._proprio_query(params, proprio))
+        cache = empty_cache(self.config.mot, len(actions))
+        cache, hidden, _ = bagel.extend(params, self.config, prefix, cache)
+        if self.config.proprio_dim:
+            proprio = self._next_proprio(params, proprio, hidden)
 
         done: dict[str, Frame] = {}
         pictures = {}
         for camera in self.cameras:
             others = done if done and self.config.interleaved else frames
             conditions = [
-                self._picture(params, self.seen(params, frame))
+                self._picture(params, self.seen(params, frame).features)
                 for name, frame in others.items()
                 if name != camera
             ]
@@ -136,14 +135,8 @@ class ComposedWorld(UMMWorld):
             out = params["adapters"]["views"][camera]["out"]
             output = linear(out, hidden.astype(jnp.float32))
             pictures[camera] = composition.compose(output, current, self.config.latent_patch)
-            pixels = jax.lax.stop_gradient(jnp.clip(pictures[camera], -1.0, 1.0))
-            frame = Frame(pixels, None, None)
-            done[camera] = self.seen(params, frame) if camera in self._featured else frame
+            done[camera] = self._finish(params, camera, jax.lax.stop_gradient(pictures[camera]))
         return done, pictures, proprio
-
-    def _picture(self, params: Params, frame: Frame) -> Segment:
-        side = self.config.vit_image_size // self.config.vit.patch_size
-        return bagel.vit_segment(params, self.config, self.tokenizer, frame.features, side, side)
 
     def _target(self, params: Params, camera: str, pixels: Float[Array, "B H W 3"]) -> Segment:
         """The patches of a view's current picture, where its next one is read."""
@@ -152,9 +145,7 @@ class ComposedWorld(UMMWorld):
         side = self.config.latent_side
         ids = navit.grid_ids(side, side, self.config.max_latent_side)
         x = x + params["position_tables"]["latent"][ids]
-        ends = jnp.asarray([self.tokenizer.start_of_image_id, self.tokenizer.end_of_image_id])
-        ends = qwen2_mot.embed_text(params["mot"], self.config.mot, ends)
-        ends = jnp.broadcast_to(ends, (len(x), *ends.shape))
+        ends = bagel.markers(params, self.config, self.tokenizer, len(x))
         return Segment(ends, x.astype(self.config.mot.dtype), None, "noise")
 
     def _action(self, params: Params, actions: Array) -> Segment:

@@ -52,6 +52,6 @@ def flatten(first: Any, *rest: Any) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     return batch, jax.tree.map(flat, (first, *rest))
 
 
-def restore(x: Array, batch: tuple[int, ...]) -> Array:
-    """Undoes `flatten` for one array."""
-    return x.reshape(*batch, *x.shape[1:])
+def restore(tree: Any, batch: tuple[int, ...]) -> Any:
+    """Undoes `flatten` for one tree."""
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), tree)

@@ -107,8 +107,7 @@ class UMMWorld:
         """
         self._check(observation)
         batch, (observation,) = flatten(observation)
-        tokens = self._tokens(params, observation.images, key)
-        return jax.tree.map(lambda x: restore(x, batch), tokens)
+        return restore(self._tokens(params, observation.images, key), batch)
 
     def encode(
         self, params: Params, observation: Observation, key: Array, precomputed: Any = None
@@ -129,7 +128,7 @@ class UMMWorld:
             precomputed = self.precompute(params, observation, key)
         batch, (observation, tokens) = flatten(observation, precomputed)
         frames = self._frames(params, observation.images, tokens, self._featured)
-        return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, frames))
+        return restore(WorldState(observation, frames), batch)
 
     def step(self, params: Params, state: WorldState, actions: Array, key: Array) -> WorldState:
         """The state k environment steps later: every view, and proprioception if
@@ -157,15 +156,14 @@ class UMMWorld:
             if i == 0 and self.config.proprio_dim:
                 query = [self._proprio_query(params, proprio)]
                 hidden, _ = bagel.forward(params, self.config, query, contexts.full)
-                change = bagel.read_proprio(params, hidden[:, -1])
-                proprio = proprio + params["statistics"]["proprio"]["change"] * change
-            shape = frames[camera].tokens.shape
-            noise = jax.random.normal(jax.random.fold_in(key, i), shape)
+                proprio = self._next_proprio(params, proprio, hidden)
+            noise = jax.random.normal(jax.random.fold_in(key, i), frames[camera].tokens.shape)
             tokens = self.view_tokens(params, [*prefix, *conditions], contexts, noise)
-            done[camera] = self._finish(params, camera, tokens)
+            pixels = self.autoencoder.decode(params, tokens)
+            done[camera] = self._finish(params, camera, pixels, tokens)
         images = {c: to_uint8(done[c].pixels) for c in self.cameras}
         observation = observation.replace(images=images, proprio=proprio)
-        return jax.tree.map(lambda x: restore(x, batch), WorldState(observation, done))
+        return restore(WorldState(observation, done), batch)
 
     def view_tokens(
         self,
@@ -285,13 +283,16 @@ class UMMWorld:
         return [s for frame in seen for s in self._condition(params, frame)] + texts
 
     def _condition(self, params, frame):
-        side = self.config.vit_image_size // self.config.vit.patch_size
-        picture = bagel.vit_segment(params, self.config, self.tokenizer, frame.features, side, side)
+        picture = self._picture(params, frame.features)
         return [self._latent_segment(params, frame.tokens), picture]
 
     def _latent_segment(self, params, tokens, t=None):
         side = self.config.latent_side
         return bagel.latent_segment(params, self.config, self.tokenizer, tokens, side, side, t)
+
+    def _picture(self, params, features):
+        side = self.config.vit_image_size // self.config.vit.patch_size
+        return bagel.vit_segment(params, self.config, self.tokenizer, features, side, side)
 
     def _prompt(self, params, observation):
         prompt: Prompt = observation.world_prompt
@@ -308,6 +309,11 @@ class UMMWorld:
         standard = (proprio - stats["mean"]) / stats["std"]
         return bagel.proprio_segment(params, self.config, standard)
 
+    def _next_proprio(self, params, proprio, hidden):
+        """What the last of the `hidden` states, that of `_proprio_query`, says of a chunk later."""
+        change = bagel.read_proprio(params, hidden[:, -1])
+        return proprio + params["statistics"]["proprio"]["change"] * change
+
     def first_view_features(
         self, params: Params, observation: Observation
     ) -> Float[Array, "B m F"]:
@@ -319,15 +325,10 @@ class UMMWorld:
     ) -> list[Segment]:
         """What the answer "Yes" or "No" follows: the first view, the instruction, the question and
         the bos that starts the answer."""
-        side = self.config.vit_image_size // self.config.vit.patch_size
         ids = jnp.asarray([*self.question, self.tokenizer.bos_id])
-        return [
-            bagel.vit_segment(params, self.config, self.tokenizer, features, side, side),
-            self._prompt(params, observation),
-            bagel.text_segment(
-                params, self.config, jnp.broadcast_to(ids, (features.shape[0], len(ids)))
-            ),
-        ]
+        ids = jnp.broadcast_to(ids, (features.shape[0], len(ids)))
+        picture, prompt = self._picture(params, features), self._prompt(params, observation)
+        return [picture, prompt, bagel.text_segment(params, self.config, ids)]
 
     def _answer_logits(self, params, features, observation):
         segments = self.answer_segments(params, features, observation)
@@ -369,9 +370,8 @@ class UMMWorld:
             features |= dict(zip(with_features, parts))
         return {c: Frame(pixels[c], tokens[c], features[c]) for c in self.cameras}
 
-    def _finish(self, params, camera, tokens):
-        """The generated frame of a view, from the sampler's final tokens."""
-        pixels = self.autoencoder.decode(params, tokens)
+    def _finish(self, params, camera, pixels, tokens=None):
+        """The imagined frame of a view, with ViT features if it is among `_featured`."""
         frame = Frame(jnp.clip(pixels, -1.0, 1.0), tokens, None)
         return self.seen(params, frame) if camera in self._featured else frame
 
