@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +171,15 @@ def write_episodes(directory: str | Path, episodes: Iterable[Episode]) -> int:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return count
+
+
+def dataset_facts(episodes: Sequence[Episode]) -> dict:
+    """How many "episodes" there are, their "mean_length" in environment steps, and all "frames"."""
+    return {
+        "episodes": len(episodes),
+        "mean_length": float(np.mean([e.length for e in episodes])),
+        "frames": sum(len(e.timesteps) for e in episodes),
+    }
 
 
 def read_episodes(directory: str | Path) -> list[Episode]:

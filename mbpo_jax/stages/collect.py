@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mbpo_jax import seeds
-from mbpo_jax.data.episodes import write_episodes
+from mbpo_jax.data.episodes import dataset_facts, write_episodes
 from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.spool import EpisodeSpool
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
@@ -47,12 +47,9 @@ def collect_demonstrations(workspace: Workspace, directory: Path) -> dict:
             "attempts": tried,
         }
     _write_dataset(directory, episodes)
-    return {
-        "episodes": len(episodes),
+    return dataset_facts(episodes) | {
         "attempts": attempts,
         "expert_success_rate": len(episodes) / attempts,
-        "mean_length": float(np.mean([e.length for e in episodes])),
-        "frames": int(sum(len(e.timesteps) for e in episodes)),
         "worker_restarts": restarts,
         "tasks": per_task,
     }
@@ -73,8 +70,7 @@ def _demonstrate_task(config: Config, pool: EnvPool, spool: EpisodeSpool, task: 
                     "demonstrations"
                 )
             requests = [_demonstration(config, task, tried + i) for i in range(wanted - len(kept))]
-            missing = [r for r in requests if _name(r) not in set(spool.names())]
-            for result in pool.expert_episodes(missing):
+            for result in pool.expert_episodes(_missing(spool, requests)):
                 spool.add(_name(result.request), result.episode)
                 bar.update(int(result.episode.success))
 
@@ -126,18 +122,15 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
     ]
     with make_pool(config) as pool:
         act = batched_act(config, exploring(policy, config.rollouts.noise_std), params)
-        missing = [r for r in requests if _name(r) not in set(spool.names())]
+        missing = _missing(spool, requests)
         results = pool.policy_episodes(missing, act, source="sft")
         for result in progress(results, "rollouts", len(missing)):
             spool.add(_name(result.request), result.episode)
         restarts = pool.restarts
     episodes = [spool.load(_name(r)) for r in requests]
     _write_dataset(directory, episodes)
-    return {
-        "episodes": len(episodes),
+    return dataset_facts(episodes) | {
         "successes": sum(e.success for e in episodes),
-        "mean_length": float(np.mean([e.length for e in episodes])),
-        "frames": int(sum(len(e.timesteps) for e in episodes)),
         "worker_restarts": restarts,
     }
 
@@ -206,6 +199,11 @@ def episode_number(request: EpisodeRequest) -> int:
 
 def _name(request: EpisodeRequest) -> str:
     return f"task{request.task_id:03d}_seed{request.seed:09d}"
+
+
+def _missing(spool: EpisodeSpool, requests: list[EpisodeRequest]) -> list[EpisodeRequest]:
+    finished = set(spool.names())
+    return [request for request in requests if _name(request) not in finished]
 
 
 def _write_dataset(directory: Path, episodes: list[Episode]) -> None:

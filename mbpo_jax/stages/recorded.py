@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
-
-from mbpo_jax.data.episodes import read_episodes
+from mbpo_jax.data.episodes import dataset_facts, read_episodes
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages.build import observation_builder, robot
 from mbpo_jax.stages.workspace import StageError, Workspace
@@ -52,14 +50,11 @@ def _take(workspace: Workspace, directory: Path, advice: str, successes_only: bo
     link.unlink(missing_ok=True)
     link.symlink_to(Path(source).absolute(), target_is_directory=True)
     tasks = sorted({(e.task_id, e.instruction) for e in episodes})
-    return {
+    return dataset_facts(episodes) | {
         "source": str(source),
         "format": "episodes",
-        "episodes": len(episodes),
         "attempts": len(episodes),
         "successes": sum(e.success for e in episodes),
-        "mean_length": float(np.mean([e.length for e in episodes])),
-        "frames": int(sum(len(e.timesteps) for e in episodes)),
         "tasks": {str(task): {"instruction": instruction} for task, instruction in tasks},
     }
 
