@@ -5,7 +5,7 @@ import numpy as np
 from flax import struct
 
 from mbpo_jax.data.normalization import read_norm_stats
-from mbpo_jax.data.pipelines import ObservationBuilder, collate, transitions
+from mbpo_jax.data.pipelines import ObservationBuilder, collate, equal_parts, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.nn.normalization import normalize
 from mbpo_jax.policy.pi0 import FlowPolicy
@@ -37,15 +37,13 @@ def frame_features(
     """The policy's features of every frame, float32 [F, D] for each episode."""
     params = jax.jit(policy.for_inference)(params)
     features = jax.jit(lambda params, seen: policy.encode(params, seen).features)
-    rows = [(e, f) for e, episode in enumerate(episodes) for f in range(len(episode.timesteps))]
+    places = [(e, f) for e, episode in enumerate(episodes) for f in range(len(episode.timesteps))]
     found = []
-    for i in range(0, len(rows), _BATCH):
-        # One shape, hence one compilation: the last batch is filled up with the last frame.
-        some = (rows[i : i + _BATCH] + [rows[-1]] * _BATCH)[:_BATCH]
-        seen = collate([builder.at(episodes[e], f) for e, f in some])
+    for rows in equal_parts(len(places), _BATCH):
+        seen = collate([builder.at(episodes[e], f) for e, f in (places[i] for i in rows)])
         found.append(np.asarray(features(params, seen)))
     ends = np.cumsum([len(episode.timesteps) for episode in episodes])
-    return np.split(np.concatenate(found)[: len(rows)], ends[:-1])
+    return np.split(np.concatenate(found)[: len(places)], ends[:-1])
 
 
 @struct.dataclass

@@ -272,6 +272,12 @@ def collate(records: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *records)
 
 
+def equal_parts(count: int, size: int) -> np.ndarray:
+    """The numbers of `count` records in their order, int [parts, size], for a program that is to be
+    compiled for one shape: the last part is filled up with earlier records again."""
+    return np.resize(np.arange(count), (-(-count // size), size))
+
+
 def split_episodes(
     episodes: Sequence[Episode], holdout_fraction: float, seed: int
 ) -> tuple[list[Episode], list[Episode]]:

@@ -14,6 +14,7 @@ from mbpo_jax.data.pipelines import (
     batches,
     by_label,
     collate,
+    equal_parts,
     process_rows,
     reward_examples,
     split_episodes,
@@ -275,9 +276,7 @@ def _with_moments(
     autoencoder is frozen, and training comes back to every frame many times."""
     encode, vae = jax.jit(world.autoencoder.moments), jax.device_put({"vae": params["vae"]})
     first = np.cumsum([0, *(len(e.timesteps) for e in episodes)])
-    # One shape, hence one compilation: the last batch is filled up with earlier frames.
-    parts = np.resize(np.arange(first[-1]), (-(-first[-1] // ENCODED_FRAMES), ENCODED_FRAMES))
-    moments = {}
+    parts, moments = equal_parts(first[-1], ENCODED_FRAMES), {}
     for camera in world.cameras:
         frames = np.concatenate([e.images[camera] for e in episodes])
         encoded = [

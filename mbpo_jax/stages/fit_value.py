@@ -12,6 +12,7 @@ from mbpo_jax.data.pipelines import (
     Source,
     branch_starts,
     collate,
+    equal_parts,
     transitions,
 )
 from mbpo_jax.episode import Episode
@@ -128,7 +129,7 @@ def value_table(
         count = len(observation.proprio)
         parts = [
             features(jax.tree.map(lambda x, r=rows: x[r], observation))
-            for rows in np.resize(np.arange(count), (-(-count // _BATCH), _BATCH))
+            for rows in equal_parts(count, _BATCH)
         ]
         return np.concatenate([np.asarray(x) for x in parts])[:count]
 

@@ -18,6 +18,7 @@ from mbpo_jax.data.pipelines import (
     branch_starts,
     collate,
     demonstrations,
+    equal_parts,
     process_rows,
 )
 from mbpo_jax.envs.simulated_world import SimulatedWorld
@@ -144,7 +145,7 @@ def done_at_start(
     would succeed whatever the policy does."""
     judge, size = jax.jit(world_metrics.judge(world)), config.rl.imagination_batch
     done = []
-    for rows in np.resize(np.arange(len(starts)), (-(-len(starts) // size), size)):
+    for rows in equal_parts(len(starts), size):
         batch = collate([starts[row] for row in rows])
         done.append(np.asarray(judge(world_params, batch)))
     found = np.concatenate([*done, np.zeros(0)])[: len(starts)]
@@ -275,10 +276,8 @@ def _precomputed(
     everywhere = NamedSharding(mesh, PartitionSpec())
     precompute = jax.jit(on_mesh(precompute, mesh), out_shardings=everywhere)
     size = config.rl.imagination_batch
-    # One shape, hence one compilation: the last batch is filled up with earlier records.
-    parts = np.resize(np.arange(len(starts)), (-(-len(starts) // size), size))
     found = []
-    for i, rows in enumerate(tqdm(parts, desc="encoding start states")):
+    for i, rows in enumerate(tqdm(equal_parts(len(starts), size), desc="encoding start states")):
         batch = collate([starts[row] for row in rows[process_rows(size)]])
         key = jax.random.fold_in(jax.random.key(stream(config.seed, "improve_encoding")), i)
         found.append(jax.device_get(precompute(world_params, shard_batch(batch, mesh), key)))

@@ -10,6 +10,7 @@ from mbpo_jax.data.pipelines import (
     ObservationBuilder,
     Source,
     collate,
+    equal_parts,
     reward_examples,
     transition_sequences,
     transitions,
@@ -160,12 +161,12 @@ def answers(
     examples = reward_examples(episodes, builder)
     reward = jax.jit(metrics.judge(world))
     probabilities, labels = [], []
-    for first in range(0, len(examples), 128):
-        rows = [examples[i] for i in range(first, min(first + 128, len(examples)))]
-        batch = collate(rows + [rows[-1]] * (128 - len(rows)))
-        probabilities.append(np.asarray(reward(params, batch.observation))[: len(rows)])
-        labels.append(batch.label[: len(rows)])
-    return np.concatenate(probabilities), np.concatenate(labels), examples.index[:, 0]
+    for rows in equal_parts(len(examples), 128):
+        batch = collate([examples[i] for i in rows])
+        probabilities.append(np.asarray(reward(params, batch.observation)))
+        labels.append(batch.label)
+    judged = (np.concatenate(x)[: len(examples)] for x in (probabilities, labels))
+    return *judged, examples.index[:, 0]
 
 
 def _save_film_strips(start: Images, imagined: Images, seen: Images, path: Path) -> None:

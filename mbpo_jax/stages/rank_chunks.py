@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from mbpo_jax.data.pipelines import Source, batches, collate, process_rows
+from mbpo_jax.data.pipelines import Source, batches, collate, equal_parts, process_rows
 from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
@@ -169,9 +169,8 @@ def _imagined(
     kept.mkdir(exist_ok=True)
     finished = {path.name for path in kept.glob("*.npz")}
     found = []
-    # One shape, hence one compilation: the last part is filled up with earlier rows.
-    parts = np.resize(np.arange(len(starts)), (-(-len(starts) // count), count))
-    for i, part in enumerate(tqdm(parts, desc="ranking chunks", unit="batch")):
+    parts = tqdm(equal_parts(len(starts), count), desc="ranking chunks", unit="batch")
+    for i, part in enumerate(parts):
         path = kept / f"{i:05d}.npz"
         if path.name in finished:
             with np.load(path) as file:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.normalization import read_norm_stats
-from mbpo_jax.data.pipelines import branch_starts, collate
+from mbpo_jax.data.pipelines import branch_starts, collate, equal_parts
 from mbpo_jax.envs.simulated_world import SimulatedWorld
 from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.seeds import stream
@@ -138,9 +138,7 @@ def follow(
         carry = world.encode(world_params, start, keys[0]), first
         return jax.lax.scan(step, carry, keys)[1]
 
-    # One shape, hence one compilation: the last rows repeat earlier ones.
-    size = min(config.rl.imagination_batch, len(first))
-    parts = np.resize(np.arange(len(first)), (-(-len(first) // size), size))
+    parts = equal_parts(len(first), min(config.rl.imagination_batch, len(first)))
     seen = []
     for i, rows in enumerate(tqdm(parts, desc=name, unit="batch")):
         keys = jax.random.split(jax.random.fold_in(key, i), chunks)

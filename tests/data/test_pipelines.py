@@ -11,6 +11,7 @@ from mbpo_jax.data.pipelines import (
     by_label,
     collate,
     demonstrations,
+    equal_parts,
     reward_examples,
     split_episodes,
     transition_sequences,
@@ -220,3 +221,9 @@ def test_split_of_few(make_episode):
     assert [e.success for e in held] == [True]
     assert len(train) == 3
     assert split_episodes(episodes, 0.0, seed=0) == (episodes, [])
+
+
+def test_equal_parts_begin_with_every_record_in_order():
+    np.testing.assert_array_equal(equal_parts(5, 2), [[0, 1], [2, 3], [4, 0]])
+    np.testing.assert_array_equal(equal_parts(2, 5), [[0, 1, 0, 1, 0]])
+    assert equal_parts(0, 4).shape == (0, 4)
