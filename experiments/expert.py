@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.arguments import number, numbers
+from mbpo_jax.files import write_json
 
 CONTROL_HZ = 20.0  # every suite's
 VIDEO_SIZE = 256
@@ -125,9 +126,7 @@ class Records:
         """Replaces the file; a kill leaves the old one or the new one."""
         if self.path:
             content = {"settings": self.settings, "tasks": summary, "episodes": self.episodes}
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=1))
-            temporary.replace(self.path)
+            write_json(self.path, content)
 
 
 def _run(options: argparse.Namespace, suite: str, tasks: list[int], records: Records) -> None:

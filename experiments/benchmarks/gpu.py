@@ -17,6 +17,7 @@ import jax
 
 from experiments.benchmarks.gpu_rows import groups, row_names, sizes
 from experiments.benchmarks.gpu_timing import GIB, Bench, Skipped
+from mbpo_jax.files import atomic_write
 
 MEMORY_SHARE = "0.93"  # of the device that JAX takes; its default, 0.75, is too little for π0.5
 
@@ -134,6 +135,5 @@ class Record:
     def add(self, row: dict) -> None:
         self.rows.append(row)
         runs = [*self.earlier, self._about | {"rows": self.rows}]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-        temporary.replace(self.path)
+        with atomic_write(self.path) as file:
+            file.write(json.dumps({"runs": runs}, indent=1) + "\n")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from experiments.compare.recorded import fine_tuned, placed
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import Source, batches, branch_starts, demonstrations
+from mbpo_jax.files import atomic_write
 from mbpo_jax.mbpo import imagine
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
@@ -106,7 +107,9 @@ def imagined_successes(
         if not path.exists():
             rows = i * rl.imagination_batch + np.arange(rl.imagination_batch)
             branch = branches_from(params, world_params, start, rows)
-            _save(path, successful_chunks(jax.device_get(branch)))
+            chunks = successful_chunks(jax.device_get(branch))
+            with atomic_write(path, "wb") as file:
+                np.savez(file, *jax.tree.leaves(chunks))
         found.append(_load(path, start))
     found = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     rows = np.arange(len(found.actions))[:, None]
@@ -120,13 +123,6 @@ def successful_chunks(branch: Branch) -> Demonstration:
         lambda x: np.asarray(x)[chosen], (branch.observation, branch.actions)
     )
     return Demonstration(observation, actions, np.ones(len(actions), np.float32))
-
-
-def _save(path: Path, chunks: Demonstration) -> None:
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, *jax.tree.leaves(chunks))
-    unfinished.replace(path)
 
 
 def _load(path: Path, start) -> Demonstration:

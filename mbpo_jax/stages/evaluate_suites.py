@@ -1,7 +1,6 @@
 """One policy on suites of tasks, outside a run: every episode once, however often it is stopped."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from mbpo_jax.envs.requests import EpisodeRequest
 from mbpo_jax.envs.sim import libero_suites
 from mbpo_jax.envs.sim.recording import write_video
 from mbpo_jax.envs.workers.pool import PoolAct
+from mbpo_jax.files import write_json
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import make_pool
 from mbpo_jax.stages.evaluate import (
@@ -219,7 +219,5 @@ def _write(root: Path, config: Config, found: Mapping[str, dict]) -> dict:
         },
         "suites": {label(suite): result for suite, result in found.items()},
     }
-    temporary = Path(root) / "results.tmp"
-    temporary.write_text(json.dumps(results, indent=1))
-    temporary.replace(Path(root) / "results.json")
+    write_json(Path(root) / "results.json", results)
     return results

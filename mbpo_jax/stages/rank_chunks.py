@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mbpo_jax.data.pipelines import Source, batches, collate, equal_parts, process_rows
+from mbpo_jax.files import atomic_write
 from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
@@ -181,12 +182,6 @@ def _imagined(
             keys = shard_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, mine), run.mesh)
             found.append(jax.device_get(program(params, batch, keys)))
             if jax.process_index() == 0:
-                _save(path, found[-1])
+                with atomic_write(path, "wb") as file:
+                    np.savez(file, **found[-1])
     return {name: np.concatenate([x[name] for x in found])[: len(starts)] for name in found[0]}
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **arrays)
-    unfinished.replace(path)

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
+from mbpo_jax.files import write_json
 from mbpo_jax.training.checkpoints import differences, flat_entries
 
 MIN_FREE_BYTES = 2 * 2**30
@@ -73,7 +74,7 @@ class Workspace:
             )
         self.check(stage, sections)
         path, entries = directory / "config.json", config_entries(self.config, sections)
-        _by_first_process(lambda: path.exists() or _write_json(path, entries))
+        _by_first_process(lambda: path.exists() or write_json(path, entries))
         return directory
 
     def check(self, stage: str, sections: Sequence[str]) -> None:
@@ -97,7 +98,7 @@ class Workspace:
 
     def finish(self, stage: str, summary: dict) -> None:
         path = self.directory(stage) / "done.json"
-        _by_first_process(lambda: _write_json(path, summary))
+        _by_first_process(lambda: write_json(path, summary))
 
 
 def config_entries(config: ml_collections.ConfigDict, sections: Sequence[str]) -> dict:
@@ -156,9 +157,3 @@ def _read_json(path: Path) -> dict:
             f"{path.parent} and run that stage again"
         ) from error
     return value
-
-
-def _write_json(path: Path, value: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)

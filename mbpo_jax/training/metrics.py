@@ -10,6 +10,8 @@ from typing import Any, Protocol, TextIO
 
 import jax
 
+from mbpo_jax.files import atomic_write
+
 PROJECT = "mbpo_jax"
 
 
@@ -170,7 +172,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def continue_records(path: Path, kept: Sequence[Mapping[str, Any]]) -> TextIO:
     """Opens a file of JSON lines, line-buffered, to append to the records `kept`; anything else
     in it, an unfinished last line too, is dropped."""
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)  # a kill leaves the records that there were
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
     return Path(path).open("a", buffering=1)
