@@ -88,50 +88,48 @@ class TensorBoard:
         self._board.close()
 
 
-class WeightsAndBiases:
+class Tracker:
+    """A run of wandb, or of a package with the same interface."""
+
+    def __init__(self, run: Any):
+        self._run = run
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def wandb_run(directory: Path, first_step: int) -> Tracker:
     """A run of the project `mbpo_jax`, with its files in `directory`; where it goes is decided by
     wandb's own settings (`WANDB_MODE=offline`, `wandb login`). A resumed run continues its own."""
+    import wandb
 
-    def __init__(self, directory: Path, first_step: int):
-        import wandb
-
-        self._run = wandb.init(
-            project=PROJECT,
-            name=_run_name(directory),
-            id=_run_id(directory),
-            dir=str(directory),
-            resume="allow",
-            reinit="create_new",
-        )
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    run = wandb.init(
+        project=PROJECT,
+        name=_run_name(directory),
+        id=_run_id(directory),
+        dir=str(directory),
+        resume="allow",
+        reinit="create_new",
+    )
+    return Tracker(run)
 
 
-class Trackio:
+def trackio_run(directory: Path, first_step: int) -> Tracker:
     """A run of the project `mbpo_jax` in trackio's local database (`trackio show`). A resumed run
     continues its own."""
+    import trackio
 
-    def __init__(self, directory: Path, first_step: int):
-        import trackio
-
-        name = f"{_run_name(directory)} {_run_id(directory)}"
-        self._run = trackio.init(project=PROJECT, name=name, resume="allow")
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    name = f"{_run_name(directory)} {_run_id(directory)}"
+    return Tracker(trackio.init(project=PROJECT, name=name, resume="allow"))
 
 
 LOGGERS: dict[str, Callable[[Path, int], Logger]] = {
     "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "trackio": Trackio,
+    "wandb": wandb_run,
+    "trackio": trackio_run,
 }
 PACKAGES = {"tensorboard": "tensorboardX"}  # where the package has another name
 
