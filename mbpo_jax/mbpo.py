@@ -10,8 +10,7 @@ mesh, no checkpoint and no logger. `stages/improve_policy.py` runs it on devices
 `python -m experiments.toy` in seconds on a world whose optimum is known.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -47,11 +46,6 @@ class Settings:
     grad_clip: float = 1.0  # global norm, each network on its own
     critic_warmup: int = 50  # updates that leave the actor as it is
     gradient_accumulation: int = 4  # slices of a minibatch, one after the other
-
-    @classmethod
-    def of(cls, section: Mapping[str, Any]) -> "Settings":
-        """Those entries of a config section that are settings."""
-        return cls(**{field.name: section[field.name] for field in fields(cls)})
 
 
 @struct.dataclass

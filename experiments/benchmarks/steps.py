@@ -11,7 +11,13 @@ from jax.sharding import Mesh
 
 from mbpo_jax.mbpo import MBPO, Settings
 from mbpo_jax.nn.normalization import NormStats
-from mbpo_jax.stages.build import Config, build_policy, build_world_model, observation_builder
+from mbpo_jax.stages.build import (
+    Config,
+    build_policy,
+    build_world_model,
+    dataclass_from,
+    observation_builder,
+)
 from mbpo_jax.stages.finetune_policy import flow_matching_loss
 from mbpo_jax.stages.finetune_world_model import joint_loss
 from mbpo_jax.stages.imagination import placed_branch, programs
@@ -119,7 +125,7 @@ class Steps:
     def _training(
         self, name, stage, loss_fn, section, params, frozen, batch, trainable=None
     ) -> Step:
-        tx = make_optimizer(Training.of(section), trainable)
+        tx = make_optimizer(dataclass_from(Training, section), trainable)
         state = self._placed(jax.eval_shape(partial(initial_state, tx=tx), params))
         step = train_step(loss_fn, tx, section.ema_decay, section.gradient_accumulation)
         program = jit_step(step, jax.tree.map(lambda x: x.sharding, state))
@@ -133,7 +139,7 @@ class Steps:
         config.rl.start_states = branches
         rl, mesh = config.rl, self.mesh
         trainable = self.policy.trainable(self.policy_params)["actor"]
-        mbpo = MBPO(self.policy, Settings.of(rl), config.chunk, trainable)
+        mbpo = MBPO(self.policy, dataclass_from(Settings, rl), config.chunk, trainable)
         state = self._placed(jax.eval_shape(mbpo.init, self.policy_params))
         weights = jax.eval_shape(self.world.for_inference, self.world_params)
         placement = frozen_weight_sharding(weights, mesh, self.rules, config.parallel.world_model)

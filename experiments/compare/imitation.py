@@ -20,13 +20,12 @@ from mbpo_jax.stages.build import (
     checkpoint_origin,
     observation_builder,
 )
-from mbpo_jax.stages.finetune_policy import flow_matching_loss
+from mbpo_jax.stages.finetune_policy import imitate
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.imagination import branch_keys
 from mbpo_jax.stages.improve_policy import done_at_start
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.checkpoints import load_params, save_params
-from mbpo_jax.training.loop import Training, fit
 from mbpo_jax.training.run import Run
 from mbpo_jax.types import Branch, Demonstration, Params
 
@@ -144,13 +143,12 @@ def continue_sft(
     "ranked" learns from its own; writes `policy/`."""
     config = workspace.config
     origin = checkpoint_origin(config, ["policy", "rl.ranked"], {})
-    seed = stream(config.seed, "imitation_batches")
-    actor = fit(
-        flow_matching_loss(policy),
+    actor = imitate(
+        policy,
         params["actor"],
-        {},
-        lambda first: batches(sources, config.rl.ranked.batch_size, seed, start_step=first),
-        Training.of(config.rl.ranked),
+        sources,
+        config.rl.ranked,
+        stream(config.seed, "imitation_batches"),
         Run.of(config, directory.parent.name, directory, stream(config.seed, "imitation"), origin),
         policy.trainable(params)["actor"],
     )

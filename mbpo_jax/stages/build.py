@@ -33,7 +33,7 @@ Config = ml_collections.ConfigDict
 
 
 def dataclass_from(cls, section):
-    """A (nested) dataclass with the values of a config section of the same fields; one that the
+    """A (nested) dataclass with the values that a config section has for its fields; one that the
     section lacks, as that of an older run may, has its default."""
     hints = typing.get_type_hints(cls)
     values = {}

@@ -1,6 +1,7 @@
 """Stage `sft`: flow matching on the demonstrations, or on rollouts too: on their successes, or by a
 policy conditioned on whether an episode succeeded (π*0.6, arXiv 2511.14759) on all."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.normalization import compute_norm_stats, widen, write_norm_stats
-from mbpo_jax.data.pipelines import batches, demonstrations
+from mbpo_jax.data.pipelines import Source, batches, demonstrations
 from mbpo_jax.nn.normalization import BOUND, NormStats
 from mbpo_jax.policy.checkpoint import load_openpi
 from mbpo_jax.policy.pi0 import FlowPolicy
@@ -18,6 +19,7 @@ from mbpo_jax.stages.build import (
     build_policy,
     check_prompts,
     checkpoint_origin,
+    dataclass_from,
     observation_builder,
     robot,
 )
@@ -26,6 +28,7 @@ from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.loop import LossFn, Training, fit
 from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import make_mesh, parameter_sharding
+from mbpo_jax.types import Params
 
 
 def finetune_policy(workspace: Workspace, directory: Path) -> dict:
@@ -64,13 +67,12 @@ def finetune_policy(workspace: Workspace, directory: Path) -> dict:
     origin = checkpoint_origin(
         config, ["policy", "sft"], {name: vars(x) for name, x in stats.items()}
     )
-    batch_seed = stream(config.seed, "sft_batches")
-    actor = fit(
-        flow_matching_loss(policy),
+    actor = imitate(
+        policy,
         params["actor"],
-        {},
-        lambda first: batches(source, config.sft.batch_size, batch_seed, start_step=first),
-        Training.of(config.sft),
+        source,
+        config.sft,
+        stream(config.seed, "sft_batches"),
         Run.of(config, "policy fine-tuning", directory, stream(config.seed, "sft"), origin),
         policy.trainable(params)["actor"],
     )
@@ -102,6 +104,35 @@ def _statistics(
         stats[name], widened = widen(compute_norm_stats(x), x, mode, names)
         lines += [f"{name}: {line}" for line in widened]
     return stats, lines
+
+
+def imitate(
+    policy: FlowPolicy,
+    actor: Params,
+    source: Source | Sequence[Source],
+    section: Config,
+    batch_seed: int,
+    run: Run,
+    trainable: Params | None = None,
+) -> Params:
+    """The actor after flow matching on the `Demonstration`s of `source`; several have equal shares.
+
+    Args:
+        section: of the config, with the fields of `Training` and "batch_size".
+        trainable: which of the actor's parameters move, see `fit`.
+
+    Raises:
+        FloatingPointError, Interrupted, OSError: as `fit`.
+    """
+    return fit(
+        flow_matching_loss(policy),
+        actor,
+        {},
+        lambda first: batches(source, section.batch_size, batch_seed, start_step=first),
+        dataclass_from(Training, section),
+        run,
+        trainable,
+    )
 
 
 def flow_matching_loss(policy: FlowPolicy) -> LossFn:

@@ -28,6 +28,7 @@ from mbpo_jax.stages.build import (
     build_world_model,
     check_prompts,
     checkpoint_origin,
+    dataclass_from,
     observation_builder,
     robot,
 )
@@ -178,7 +179,7 @@ def _train_vae(
         params["vae"],
         {},
         image_batches,
-        Training.of(section),
+        dataclass_from(Training, section),
         Run.of(
             config,
             "image autoencoder",
@@ -206,7 +207,7 @@ def train_dynamics(
         {k: v for k, v in params.items() if k not in world.frozen},
         frozen,
         joint_batches(config, world, params, sources, episodes),
-        Training.of(config.world_model.training),
+        dataclass_from(Training, config.world_model.training),
         Run.of(
             config,
             "world model",

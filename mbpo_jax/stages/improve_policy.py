@@ -31,6 +31,7 @@ from mbpo_jax.stages.build import (
     build_policy,
     build_world_model,
     checkpoint_origin,
+    dataclass_from,
     observation_builder,
 )
 from mbpo_jax.stages.collect import make_pool
@@ -192,7 +193,7 @@ def optimize_policy(
     """
     rl = config.rl
     run = Run.of(config, "policy optimisation", directory, config.seed, origin or {})
-    mbpo = algorithm(policy, Settings.of(rl), config.chunk, trainable)
+    mbpo = algorithm(policy, dataclass_from(Settings, rl), config.chunk, trainable)
     shardings = parameter_sharding(jax.eval_shape(mbpo.init, params), run.mesh, run.rules)
     state = jax.jit(mbpo.init, out_shardings=shardings)(jax.device_put(params, shardings.params))
     at_rest, _ = frozen_weight_sharding(

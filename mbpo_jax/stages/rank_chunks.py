@@ -16,16 +16,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from mbpo_jax.data.pipelines import Source, batches, collate, equal_parts, process_rows
+from mbpo_jax.data.pipelines import Source, collate, equal_parts, process_rows
 from mbpo_jax.files import atomic_write
 from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
 from mbpo_jax.selection import proposals
 from mbpo_jax.stages.build import Config
-from mbpo_jax.stages.finetune_policy import flow_matching_loss
+from mbpo_jax.stages.finetune_policy import imitate
 from mbpo_jax.stages.workspace import StageError
-from mbpo_jax.training.loop import Training, fit
 from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import frozen_weight_sharding, on_mesh, shard_batch
 from mbpo_jax.types import Array, Demonstration, Observation, Params, WorldModel
@@ -56,7 +55,7 @@ def finetune_on_best(
 
     Raises:
         StageError: there are no start states.
-        FloatingPointError, Interrupted, OSError: as `fit`.
+        FloatingPointError, Interrupted, OSError: as `imitate`.
     """
     ranked = config.rl.ranked
     if not len(starts):
@@ -87,15 +86,7 @@ def finetune_on_best(
 
     pool = Source(example, np.argwhere(found["going_on"] > 0.5))
     seed = stream(config.seed, "improve_batches")
-    actor = fit(
-        flow_matching_loss(policy),
-        params["actor"],
-        {},
-        lambda first: batches(pool, ranked.batch_size, seed, start_step=first),
-        Training.of(ranked),
-        run,
-        trainable,
-    )
+    actor = imitate(policy, params["actor"], pool, ranked, seed, run, trainable)
     score, best = found["score"], found["best"]
     return {**params, "actor": actor}, {
         "imagined_chunks": score.size * ranked.chunks,

@@ -1,8 +1,8 @@
 """Training: one loop that survives a kill, for every learner, and the supervised step."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -56,11 +56,6 @@ class Training:
     checkpoint_every: int
     gradient_accumulation: int = 1
     matrix_learning_rate: float = 0.0
-
-    @classmethod
-    def of(cls, section: Mapping[str, Any]) -> "Training":
-        """Those entries of a config section that describe the training."""
-        return cls(**{field.name: section[field.name] for field in fields(cls)})
 
 
 def make_optimizer(

@@ -21,6 +21,7 @@ from configs.libero_long import get_config
 from mbpo_jax.data.pipelines import Source, batches
 from mbpo_jax.mbpo import MBPO, Settings
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.stages.build import dataclass_from
 from mbpo_jax.stages.finetune_policy import flow_matching_loss
 from mbpo_jax.stages.finetune_world_model import joint_loss
 from mbpo_jax.stages.imagination import programs
@@ -154,7 +155,7 @@ def network_steps(mesh: str, trainings=TRAININGS, world_model="replicated") -> d
 
     policy, params, world, world_params = models()
     settings = config(mesh, rollout, world_model)
-    mbpo = MBPO(policy, Settings.of(settings.rl), settings.chunk)
+    mbpo = MBPO(policy, dataclass_from(Settings, settings.rl), settings.chunk)
     mbpo.actor_tx = mbpo.critic_tx = optax.sgd(1.0)
     state = mbpo.init(params)
     shardings = parameter_sharding(state, placed, RULES)

@@ -153,7 +153,7 @@ def test_one_failure_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
 
 def test_small_is_the_size_of_the_config():
     config, sizes = libero_long.get_config("small"), gpu_rows.Sizes
-    settings = Settings.of(config.rl)
+    settings = dataclass_from(Settings, config.rl)
     for name in (
         "branch_chunks",
         "group_size",
