@@ -152,6 +152,8 @@ def _with_batches_times(config: Config, factor: int) -> Config:
         (rl, "imagination_batch"),
         (rl, "minibatch_size"),
         (rl, "anchor_batch"),
+        (rl.ranked, "start_states"),
+        (rl.ranked, "batch_size"),
     ):
         section[name] *= factor
     return config

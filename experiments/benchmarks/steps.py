@@ -1,7 +1,7 @@
 """The programs of a run, each with what it is lowered for: shapes and shardings, and no arrays."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from mbpo_jax.stages.build import (
 from mbpo_jax.stages.finetune_policy import flow_matching_loss
 from mbpo_jax.stages.finetune_world_model import joint_loss
 from mbpo_jax.stages.imagination import placed_branch, programs
+from mbpo_jax.stages.rank_chunks import ranking, starts_at_a_time
 from mbpo_jax.training.loop import Training, initial_state, jit_step, make_optimizer, train_step
 from mbpo_jax.training.sharding import batch_sharding, frozen_weight_sharding, parameter_sharding
 from mbpo_jax.types import Demonstration, RewardExample, Transition
@@ -62,30 +63,40 @@ class Steps:
         self.policy_params, self.world_params = (
             jax.eval_shape(model.init, jax.random.key(0)) for model in (self.policy, self.world)
         )
+        self.trainable = self.policy.trainable(self.policy_params)["actor"]
+        self.weights = jax.eval_shape(self.world.for_inference, self.world_params)
+        placement = frozen_weight_sharding(
+            self.weights, mesh, self.rules, config.parallel.world_model
+        )
+        self.at_rest, self.in_use = (
+            jax.tree.map(_with_sharding, self.weights, where) for where in placement
+        )
         self.actions = np.zeros((config.chunk, config.action_dim), np.float32)
         self.demonstration = Demonstration(self.seen, self.actions, np.float32(1))
         self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def __iter__(self) -> Iterator[Step]:
-        yield self._sft()
+        yield self._flow_matching("SFT step", "sft", self.config.sft)
         if self.config.world_model.vae_training.steps:
             yield self._autoencoder()
         yield self._world_model()
+        if self.config.rl.method == "ranked":
+            yield from self._ranked()
+            return
         own = self.config.rl.start_states
         for branches in sorted({min(own, OTHER_SUITES_BRANCHES), own}):
             yield from self._optimization(branches, in_run=branches == own)
 
-    def _sft(self) -> Step:
-        trainable = self.policy.trainable(self.policy_params)["actor"]
+    def _flow_matching(self, name: str, stage: str, section: Config) -> Step:
         return self._training(
-            "SFT step",
-            "sft",
+            name,
+            stage,
             flow_matching_loss(self.policy),
-            self.config.sft,
+            section,
             self.policy_params["actor"],
             {},
-            self._batch(self.demonstration, self.config.sft.batch_size),
-            trainable,
+            self._batch(self.demonstration, section.batch_size),
+            self.trainable,
         )
 
     def _autoencoder(self) -> Step:
@@ -133,21 +144,32 @@ class Steps:
         gradient = device_bytes(state.params)
         return Step(name, stage, section.steps, program, arguments, gradient=gradient)
 
+    def _ranked(self) -> Iterator[Step]:
+        ranked, count = self.config.rl.ranked, starts_at_a_time(self.config, self.mesh)
+        acting = self._placed(jax.eval_shape(self.policy.for_inference, self.policy_params))
+        yield Step(
+            f"ranking of {count} groups",
+            "improve",
+            -(-ranked.start_states // count),
+            ranking(self.config, self.policy, self.world, self.mesh),
+            ((acting, self.in_use), self._batch(self.seen, count), self._batch(self.key, count)),
+            device_bytes(self._placed(self.policy_params)),
+        )
+        fit = self._flow_matching("step on the best chunks", "improve", ranked)
+        # The world model is still where it was loaded.
+        yield replace(fit, resident=device_bytes(self._placed(self.weights)))
+
     def _optimization(self, branches: int, in_run: bool) -> Iterator[Step]:
         config = self.config.copy_and_resolve_references()
         config.unlock()
         config.rl.start_states = branches
         rl, mesh = config.rl, self.mesh
-        trainable = self.policy.trainable(self.policy_params)["actor"]
-        mbpo = MBPO(self.policy, dataclass_from(Settings, rl), config.chunk, trainable)
+        mbpo = MBPO(self.policy, dataclass_from(Settings, rl), config.chunk, self.trainable)
         state = self._placed(jax.eval_shape(mbpo.init, self.policy_params))
-        weights = jax.eval_shape(self.world.for_inference, self.world_params)
-        placement = frozen_weight_sharding(weights, mesh, self.rules, config.parallel.world_model)
-        at_rest, in_use = (jax.tree.map(_with_sharding, weights, where) for where in placement)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         refill, revalue, _, update = programs(config, mbpo, self.world, mesh, shardings)
         one = jax.tree.map(lambda x: x[None], self.seen)
-        precomputed = jax.eval_shape(self.world.precompute, weights, one, self.key)
+        precomputed = jax.eval_shape(self.world.precompute, self.weights, one, self.key)
         precomputed = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), precomputed)
         start = self._batch((self.seen, precomputed), branches)
         refill_step = Step(
@@ -155,14 +177,14 @@ class Steps:
             "improve",
             -(-rl.updates // rl.updates_per_refill) * in_run,
             jax.jit(refill),
-            (state.params, in_use, start, self.key),
+            (state.params, self.in_use, start, self.key),
             device_bytes((state.actor_opt, state.critic_opt)),
         )
         yield refill_step
         if not in_run:
             return
         branch = placed_branch(jax.eval_shape(refill, *refill_step.arguments), mesh)
-        idle = 0 if config.parallel.world_model == "offloaded" else device_bytes(at_rest)
+        idle = 0 if config.parallel.world_model == "offloaded" else device_bytes(self.at_rest)
         refills = refill_step.runs
         yield Step(
             "value recomputation",

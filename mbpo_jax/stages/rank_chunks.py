@@ -24,6 +24,7 @@ from mbpo_jax.seeds import stream
 from mbpo_jax.selection import proposals
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.finetune_policy import imitate
+from mbpo_jax.stages.imagination import branch_keys
 from mbpo_jax.stages.workspace import StageError
 from mbpo_jax.training.run import Run
 from mbpo_jax.training.sharding import frozen_weight_sharding, on_mesh, shard_batch
@@ -68,7 +69,7 @@ def finetune_on_best(
     )
     found = _imagined(
         config,
-        _ranking(config, policy, world, run.mesh),
+        ranking(config, policy, world, run.mesh),
         (jax.jit(policy.for_inference)(params), jax.device_put(world_params, at_rest)),
         drawn,
         run,
@@ -98,7 +99,7 @@ def finetune_on_best(
     }
 
 
-def _ranking(
+def ranking(
     config: Config, policy: FlowPolicy, world: WorldModel, mesh: Mesh
 ) -> Callable[[tuple[Params, Params], Observation, Array], dict[str, Array]]:
     """The jitted function `((policy's, world model's parameters), observations [S], keys [S]) ->
@@ -146,6 +147,12 @@ def _ranking(
     return jax.jit(on_mesh(rank, mesh), out_shardings=everywhere)
 
 
+def starts_at_a_time(config: Config, mesh: Mesh) -> int:
+    """S of `ranking`: with `rl.imagination_batch` branches in all, or one start on every device."""
+    rl = config.rl
+    return max(1, rl.imagination_batch // rl.group_size // mesh.size) * mesh.size
+
+
 def _imagined(
     config: Config,
     program: Callable[..., dict[str, Array]],
@@ -153,10 +160,9 @@ def _imagined(
     starts: Source,
     run: Run,
 ) -> dict[str, np.ndarray]:
-    """What `program` (`_ranking`) finds from all of `starts`; finished parts are kept."""
-    rl = config.rl
+    """What `program` (`ranking`) finds from all of `starts`; finished parts are kept."""
     key = jax.random.key(stream(config.seed, "improve"))
-    count = max(1, rl.imagination_batch // rl.group_size // run.mesh.size) * run.mesh.size
+    count = starts_at_a_time(config, run.mesh)
     kept = run.directory / "ranked"
     kept.mkdir(exist_ok=True)
     finished = {path.name for path in kept.glob("*.npz")}
@@ -170,7 +176,7 @@ def _imagined(
         else:
             mine = part[process_rows(count)]
             batch = shard_batch(collate([starts[row] for row in mine]), run.mesh)
-            keys = shard_batch(jax.vmap(jax.random.fold_in, (None, 0))(key, mine), run.mesh)
+            keys = shard_batch(branch_keys(key, mine), run.mesh)
             found.append(jax.device_get(program(params, batch, keys)))
             if jax.process_index() == 0:
                 with atomic_write(path, "wb") as file:

@@ -97,11 +97,27 @@ def test_a_real_step_is_measured(measured):
     assert not measured.cost.collectives
 
 
-def test_the_update_has_the_anchor_of_its_config():
+def improvement(method: str) -> list[steps.Step]:
     config = get_config("tiny")
-    assert config.rl.anchor_weight
-    *_, update = steps.Steps(config, make_mesh(devices=jax.devices()[:1]))
+    config.rl.method = method
+    planned = steps.Steps(config, make_mesh(devices=jax.devices()[:1]))
+    return [step for step in planned if step.stage == "improve"]
+
+
+def test_the_update_has_the_anchor_of_its_config():
+    assert get_config("tiny").rl.anchor_weight
+    *_, update = improvement("ppo")
     update.program.lower(*update.arguments)
+
+
+def test_what_ranks_plans_the_ranking_and_the_fit_to_its_choice():
+    ranking, fit = improvement("ranked")
+    assert ranking.runs == 4  # of 4 states, with groups of 2 branches, 2 branches at a time
+    assert fit.runs == 2  # steps
+    found = ranking.program.lower(*ranking.arguments).out_info
+    assert found["score"].shape == (1, 2)  # groups, branches
+    fit.program.lower(*fit.arguments)
+    assert not {ranking.name, fit.name} & {step.name for step in improvement("ppo")}
 
 
 def test_what_does_not_fit_is_said(measured):
