@@ -16,6 +16,7 @@ DESCRIPTIONS = {
     "vla_mbpo_full_horizon": "the same with whole episodes, from their start",
     "ranked": "SFT goes on, with those of some chunks that imagination ranks highest",
     "ranked_control": "the same with some of them at random",
+    "ranked_noiseless": "the policy of ranked without initial noise, as noiseless",
     "best_of_n": "no training: the best of N imagined chunks is executed",
     "online_ppo": "PPO in the simulator, with as many episodes as there are rollouts",
     "online_ppo_large": "PPO in the simulator, with many times as many episodes: an upper line",

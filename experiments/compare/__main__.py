@@ -64,6 +64,7 @@ def compare(
             (root / "compare.json").write_text(json.dumps(results, indent=1))
             (root / "compare.html").write_text(report.page(whole, results, budget))
             print(report.plain(report.table(results)))
+            print("\n" + report.plain(report.between(results)))
             print(root / "compare.html", flush=True)
 
         runs.run(whole, root, methods, numbers, write)

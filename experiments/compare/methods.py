@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import ml_collections
@@ -26,10 +27,11 @@ def fine_tuned(workspace: Workspace) -> tuple[Act, Params]:
     return _policy(workspace, workspace.directory("sft"))
 
 
-def noiseless(workspace: Workspace) -> tuple[Act, Params]:
-    """Acts with the fine-tuned policy, without the initial noise of its flow."""
-    sft = workspace.directory("sft")
-    policy, params = load_policy(workspace.config, sft, sft / "policy")
+def noiseless(workspace: Workspace, stage: str) -> tuple[Act, Params]:
+    """Acts with the policy that a stage left, without the initial noise of its flow."""
+    policy, params = load_policy(
+        workspace.config, workspace.directory("sft"), workspace.directory(stage) / "policy"
+    )
     return lambda params, observation, key: policy.act(params, observation, None), params
 
 
@@ -75,6 +77,7 @@ class Method:
     """One way to make use of the rollouts.
 
     train: `(workspace, directory) -> summary` as a stage's `run`; None where nothing is trained.
+    trained_by: the method whose training it acts on, if not its own.
     actor: `workspace -> (acting function, its parameters)`.
     configure: gives the method's config, locked or not, from an unlocked copy of the run's.
     needs: the last of the shared stages that it uses.
@@ -83,11 +86,12 @@ class Method:
         they may be more than the rollouts.
     """
 
-    train: Callable[[Workspace, Path], dict] | None
+    train: Callable[[Workspace, Path], dict] | None = None
     actor: Callable[[Workspace], tuple[Act, Params]] = trained
     configure: Callable[[Config], Config] = lambda config: config
     needs: str = "value"
     settings: Sequence[str] = ()
+    trained_by: str = ""
     episodes: Callable[[Config], int] = _rollouts
     over_budget: bool = False
 
@@ -103,8 +107,10 @@ class Method:
 
 
 METHODS = {
-    "sft": Method(None, fine_tuned, needs="sft", episodes=lambda config: 0),
-    "noiseless": Method(None, noiseless, needs="sft", episodes=lambda config: 0),
+    "sft": Method(actor=fine_tuned, needs="sft", episodes=lambda config: 0),
+    "noiseless": Method(
+        actor=partial(noiseless, stage="sft"), needs="sft", episodes=lambda config: 0
+    ),
     "bc_on_rollouts": Method(imitation.on_rollouts, needs="rollouts"),
     "bc_in_world_model": Method(imitation.in_world_model, needs="world_model"),
     "vla_mbpo": Method(improve_policy, configure=_by("ppo")),
@@ -114,6 +120,9 @@ METHODS = {
     "vla_mbpo_full_horizon": Method(improve_policy, configure=_branches("full")),
     "ranked": Method(improve_policy, configure=_by("ranked")),
     "ranked_control": Method(improve_policy, configure=_by("ranked", exchange_advantages=True)),
+    "ranked_noiseless": Method(
+        actor=partial(noiseless, stage="improve"), configure=_by("ranked"), trained_by="ranked"
+    ),
     "best_of_n": Method(None, best_of_n, _choosing, settings=("compare.best_of",)),
     "online_ppo": Method(
         online.train,

@@ -23,7 +23,9 @@ def collect(
     config: Config, root: Path, methods: Mapping[str, Method], seeds: Sequence[int]
 ) -> dict:
     """What is known of the seeds that every method has finished: "seeds" and "methods", name ->
-    "resets" and "init_states" (`pooled`), "real_episodes", "imagined_chunks", "minutes"."""
+    "resets" and "init_states" (`pooled`), "real_episodes", "imagined_chunks", "minutes", and
+    "against", each method before it -> the starts of both kinds from which only the one or the
+    other succeeded (`paired`)."""
 
     def place(seed, name):
         return root / f"seed{seed}_{name}"
@@ -54,6 +56,9 @@ def collect(
         }
         for kind in STARTS if finished else ():
             rows[name][kind] = pooled(episodes["sft"], episodes[name], kind)
+        rows[name]["against"] = {
+            other: paired(episodes[other], episodes[name]) for other in rows if other != name
+        }
     return {"seeds": finished, "methods": rows}
 
 
@@ -81,6 +86,14 @@ def pooled(first: Sequence[list[dict]], second: Sequence[list[dict]], kind: str)
         "method_only": total["second_only"],
         "p_value": mcnemar_exact(total["first_only"], total["second_only"]),
     }
+
+
+def paired(first: Sequence[list[dict]], second: Sequence[list[dict]]) -> dict:
+    """How many of all starts only the first or only the second solves (episodes of each seed), and
+    the exact McNemar test's p."""
+    pairs = [paired_comparison(a, b) for a, b in zip(first, second)]
+    only = [sum(pair[side] for pair in pairs) for side in ("first_only", "second_only")]
+    return {"other_only": only[0], "it_only": only[1], "p_value": mcnemar_exact(*only)}
 
 
 def imagined_chunks(
@@ -127,6 +140,20 @@ def table(results: Mapping) -> Table:
         ]
         rows.append(cells)
     return Table(header, rows)
+
+
+def between(results: Mapping) -> Table:
+    """Methods against those before them, over all starts."""
+    methods = results["methods"]
+    names = list(methods)
+    rows = []
+    for name, row in list(methods.items())[1:]:
+        cells = [
+            f"{x['other_only']} / {x['it_only']}, p = {x['p_value']:.2g}"
+            for x in row["against"].values()
+        ]
+        rows.append([name, *cells, *[""] * (len(names) - 1 - len(cells))])
+    return Table(["column only / row only", *names[:-1]], rows)
 
 
 def _success(name: str, part: Mapping) -> list[str]:
@@ -176,12 +203,19 @@ def page(config: Config, results: Mapping, budget: int) -> str:
         tables=[table(results)],
         images=[png(draw(results), "success with 95 % intervals")],
     )
+    pairs = Section(
+        "Method against method",
+        text="Starts of both kinds from which only the method of the column, or only that of the "
+        "row succeeded, with the exact McNemar test, pooled over seeds. These tests are many: the "
+        "smallest p among them is smaller than it looks.",
+        tables=[between(results)],
+    )
     return render(
         title="Methods compared",
         subtitle=f"{config.suite}, tasks {', '.join(map(str, config.tasks))}; seeds {seeds}",
         verdict=f"Every method had {budget} real episodes beside the demonstrations, where its row "
         "does not say otherwise.",
-        sections=[success, Section("Methods", tables=[explained])],
+        sections=[success, pairs, Section("Methods", tables=[explained])],
         config=str(config),
     )
 

@@ -1,7 +1,7 @@
 """The runs of a comparison, each a working directory below one folder:
 
 seed0/              the stages that all methods share
-seed0_METHOD/       links to them, what the method trained (`improve`), and its evaluation
+seed0_METHOD/       links to them, what the method trained (`improve`, or a link), its evaluation
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import jax
 import ml_collections
 
 from experiments.compare.methods import METHODS, Method, check_budgets
-from experiments.shared_stages import SHARED_STAGES, require_simulator
+from experiments.shared_stages import require_simulator
 from mbpo_jax import pipeline
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import make_pool
@@ -69,20 +69,33 @@ def run(
 
 def run_method(config: Config, root: Path, name: str, method: Method) -> Workspace:
     """Trains and evaluates one method of one seed, where that is not finished."""
-    base = root / f"seed{config.seed}"
-    directory = root / f"{base.name}_{name}"
-    print(f"== {directory.name}", flush=True)
-    workspace = Workspace(directory, method.config(config))
-    for stage in SHARED_STAGES:
-        link = directory / stage
-        if stage in method.shared and not link.is_symlink():
-            link.symlink_to(Path("..") / base.name / stage, target_is_directory=True)
+    print(f"== seed{config.seed}_{name}", flush=True)
+    workspace = train(config, root, name, method)
     with jax.default_matmul_precision(config.get("matmul_precision") or None):
-        if method.train:
-            pipeline.run_stage(workspace, "improve", method.train, method.settings)
         evaluation = partial(evaluate, name)
         pipeline.run_stage(workspace, "evaluate", evaluation, method.settings)
     return workspace
+
+
+def train(config: Config, root: Path, name: str, method: Method) -> Workspace:
+    """The method's working directory with what it, or the method that trains for it, learned."""
+    base = f"seed{config.seed}"
+    workspace = Workspace(root / f"{base}_{name}", method.config(config))
+    if method.trained_by:
+        train(config, root, method.trained_by, METHODS[method.trained_by])
+        _link(workspace.directory("improve"), f"{base}_{method.trained_by}")
+    for stage in method.shared:
+        _link(workspace.directory(stage), base)
+    if method.train:
+        with jax.default_matmul_precision(config.get("matmul_precision") or None):
+            pipeline.run_stage(workspace, "improve", method.train, method.settings)
+    return workspace
+
+
+def _link(directory: Path, run: str) -> None:
+    """Makes a stage's directory that of the run beside its own."""
+    if not directory.is_symlink():
+        directory.symlink_to(Path("..") / run / directory.name, target_is_directory=True)
 
 
 def evaluate(name: str, workspace: Workspace, directory: Path) -> dict:

@@ -131,6 +131,12 @@ def test_the_page_tells_success_and_costs_of_finished_seeds(tmp_path):
     assert results["methods"]["sft"]["minutes"][0]["shared"] == 4.0  # demonstrations and sft
     # 4 episodes of 95 steps are 10 chunks each, with 16 to choose from.
     assert results["methods"]["best_of_n"]["imagined_chunks"] == [640]
+    # Of 2 resets and 2 init states sft solves 2, the others 3 and the same ones.
+    against = results["methods"]["best_of_n"]["against"]
+    assert against["sft"] == {"other_only": 0, "it_only": 1, "p_value": 1.0}
+    assert against["vla_mbpo"] == {"other_only": 0, "it_only": 0, "p_value": 1.0}
+    assert "against" in results["methods"]["sft"]
+    assert [len(x) for x in report.between(results).rows] == [3, 3]
     page = report.page(whole, results, 50)
     assert "2/2 (34–100 %)" in page
     assert page.count("data:image/png;base64,") == 1

@@ -294,9 +294,19 @@ def test_other_settings_are_refused_where_they_matter(config, root):
 
 def test_without_noise_the_key_does_not_matter(config, root):
     runs.run_method(config, root, "noiseless", METHODS["noiseless"])
-    workspace = Workspace(root / "seed0_noiseless", METHODS["noiseless"].config(config))
     seen = collate([build.observation_builder(config).at(episode(config, 7, "sft", True), 0)])
-    for name, same in (("noiseless", True), ("sft", False)):
-        act, params = METHODS[name].actor(workspace)
+    trained = runs.train(config, root, "ranked_noiseless", METHODS["ranked_noiseless"])
+    for name, same in (("noiseless", True), ("sft", False), ("ranked_noiseless", True)):
+        act, params = METHODS[name].actor(trained)
         one, other = (act(params, seen, jax.random.key(seed)) for seed in (0, 1))
         assert np.array_equal(one, other) == same
+
+
+def test_a_method_acts_on_what_another_trained(config, root):
+    workspace = runs.train(config, root, "ranked_noiseless", METHODS["ranked_noiseless"])
+    other = root / "seed0_ranked/improve"
+    assert workspace.directory("improve").resolve() == other.resolve()
+    finished = (other / "done.json").stat().st_mtime_ns
+    runs.run_method(config, root, "ranked", METHODS["ranked"])
+    assert (other / "done.json").stat().st_mtime_ns == finished
+    assert workspace.summary("improve")["updates"] == config.rl.ranked.steps
