@@ -40,7 +40,9 @@ def test_only_the_entry_changes():
 
 @pytest.mark.parametrize(("factor", "chunks"), [(1 / 3, 1), (3.0, 12), (30.0, 16)])
 def test_branches_of_another_length_imagine_as_many_chunks(factor, chunks):
-    rl = stability.scaled(get_config("micro"), "branch_chunks", factor).rl
+    config = get_config("micro").unlock()
+    config.rl.method = "ppo"
+    rl = stability.scaled(config, "branch_chunks", factor).rl
     assert rl.branch_chunks == chunks
     assert 1024 - 16 * chunks < rl.start_states * chunks <= 1024
 
