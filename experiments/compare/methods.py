@@ -35,10 +35,9 @@ def noiseless(workspace: Workspace, stage: str) -> tuple[Act, Params]:
     return lambda params, observation, key: policy.act(params, observation, None), params
 
 
-def best_of_n(workspace: Workspace) -> tuple[Act, Params]:
-    """Acts on the best of some imagined chunks of the fine-tuned policy."""
-    sft = workspace.directory("sft")
-    return load_selection(workspace.config, workspace.root, sft / "policy")
+def best_of_n(workspace: Workspace, stage: str) -> tuple[Act, Params]:
+    """Acts on the best of some imagined chunks of the policy that a stage left."""
+    return load_selection(workspace.config, workspace.root, workspace.directory(stage) / "policy")
 
 
 def _policy(workspace: Workspace, directory: Path) -> tuple[Act, Params]:
@@ -123,7 +122,22 @@ METHODS = {
     "ranked_noiseless": Method(
         actor=partial(noiseless, stage="improve"), configure=_by("ranked"), trained_by="ranked"
     ),
-    "best_of_n": Method(None, best_of_n, _choosing, settings=("compare.best_of",)),
+    "ranked_control_noiseless": Method(
+        actor=partial(noiseless, stage="improve"),
+        configure=_by("ranked", exchange_advantages=True),
+        trained_by="ranked_control",
+    ),
+    "best_of_n": Method(
+        actor=partial(best_of_n, stage="sft"),
+        configure=_choosing,
+        settings=("compare.best_of",),
+    ),
+    "ranked_best_of_n": Method(
+        actor=partial(best_of_n, stage="improve"),
+        configure=lambda config: _choosing(_by("ranked")(config)),
+        settings=("compare.best_of",),
+        trained_by="ranked",
+    ),
     "online_ppo": Method(
         online.train,
         configure=online.with_episodes,

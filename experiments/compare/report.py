@@ -99,13 +99,14 @@ def paired(first: Sequence[list[dict]], second: Sequence[list[dict]]) -> dict:
 def imagined_chunks(
     name: str, config: Config, workspace: Workspace, episodes: Sequence[dict]
 ) -> int:
-    """Chunks that the world model predicted for one seed: in training, or while acting."""
-    if name == "best_of_n":
+    """Chunks that the world model predicted for one seed, in training and while acting."""
+    count = 0
+    if config.rl.world != "simulator":
+        count = (workspace.summary("improve") or {}).get("imagined_chunks", 0)
+    if name.endswith("best_of_n"):
         acted = sum(math.ceil(e["length"] / config.chunk) for e in episodes)
-        return acted * config.evaluation.best_of * config.evaluation.best_of_chunks
-    if config.rl.world == "simulator":
-        return 0
-    return (workspace.summary("improve") or {}).get("imagined_chunks", 0)
+        count += acted * config.evaluation.best_of * config.evaluation.best_of_chunks
+    return count
 
 
 def minutes(method: Method, workspace: Workspace) -> dict[str, float]:
@@ -198,8 +199,8 @@ def page(config: Config, results: Mapping, budget: int) -> str:
         "Success",
         text="“SFT only” are starts from which only the fine-tuned policy succeeded, “it only” "
         "those from which only the method did; p is of the exact McNemar test on these, pooled "
-        "over seeds. Costs are means over the seeds. Imagined chunks of best_of_n are those of the "
-        "evaluation. Shared stages are counted once for every method that needs them.",
+        "over seeds. Costs are means over the seeds. Chunks that best_of_n imagines while acting "
+        "count. Shared stages are counted once for every method that needs them.",
         tables=[table(results)],
         images=[png(draw(results), "success with 95 % intervals")],
     )

@@ -115,11 +115,12 @@ def write_run(root, seed, name, outcomes, improve=None):
 
 
 def test_the_page_tells_success_and_costs_of_finished_seeds(tmp_path):
-    whole, methods = config(), chosen(["vla_mbpo", "best_of_n"])
+    whole, methods = config(), chosen(["vla_mbpo", "best_of_n", "ranked_best_of_n"])
     for seed, outcomes in ((0, [1, 0]), (1, [0, 0])):
+        improve = {"minutes": 3.0, "imagined_chunks": 640}
         write_run(tmp_path, seed, "sft", outcomes)
         write_run(tmp_path, seed, "best_of_n", [1, 1])
-        improve = {"minutes": 3.0, "imagined_chunks": 640}
+        write_run(tmp_path, seed, "ranked_best_of_n", [1, 1], improve)
         if seed == 0:  # the other seed's has not finished
             write_run(tmp_path, seed, "vla_mbpo", [1, 1], improve)
     results = report.collect(whole, tmp_path, methods, [0, 1])
@@ -131,12 +132,13 @@ def test_the_page_tells_success_and_costs_of_finished_seeds(tmp_path):
     assert results["methods"]["sft"]["minutes"][0]["shared"] == 4.0  # demonstrations and sft
     # 4 episodes of 95 steps are 10 chunks each, with 16 to choose from.
     assert results["methods"]["best_of_n"]["imagined_chunks"] == [640]
+    assert results["methods"]["ranked_best_of_n"]["imagined_chunks"] == [640 + 640]
     # Of 2 resets and 2 init states sft solves 2, the others 3 and the same ones.
     against = results["methods"]["best_of_n"]["against"]
     assert against["sft"] == {"other_only": 0, "it_only": 1, "p_value": 1.0}
     assert against["vla_mbpo"] == {"other_only": 0, "it_only": 0, "p_value": 1.0}
     assert results["methods"]["sft"]["against"] == {}
-    assert [len(x) for x in report.between(results).rows] == [3, 3]
+    assert [len(x) for x in report.between(results).rows] == [4, 4, 4]
     page = report.page(whole, results, 50)
     assert "2/2 (34–100 %)" in page
     assert page.count("data:image/png;base64,") == 1

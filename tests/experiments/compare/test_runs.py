@@ -4,6 +4,7 @@ world model that knows little, one frame instead of an evaluation."""
 import contextlib
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,3 +311,12 @@ def test_a_method_acts_on_what_another_trained(config, root):
     runs.run_method(config, root, "ranked", METHODS["ranked"])
     assert (other / "done.json").stat().st_mtime_ns == finished
     assert workspace.summary("improve")["updates"] == config.rl.ranked.steps
+    chosen_from = runs.train(config, root, "ranked_best_of_n", METHODS["ranked_best_of_n"])
+    assert chosen_from.directory("improve").resolve() == other.resolve()
+    (_, choosing), (_, improved), (_, start) = (
+        METHODS[name].actor(chosen_from) for name in ("ranked_best_of_n", "ranked", "best_of_n")
+    )
+    chex.assert_trees_all_equal(choosing["policy"]["actor"], improved["actor"])
+    chex.assert_trees_all_equal(choosing["value"], start["value"])  # the start's features
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(choosing["policy"]["actor"], start["policy"]["actor"])
