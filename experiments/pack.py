@@ -5,9 +5,9 @@
     python -m experiments.libero_long --stages=improve --workdir=DIR
 
 The file holds what the stage reads of earlier stages: parameters, statistics, and datasets whose
-frames are WebP pictures of --quality; and the config records and summaries of all earlier stages.
-Training states, metrics and pictures stay behind. Packing tells how far the frames have changed
-(PSNR); everything else comes back as it was.
+frames are AVIF films of --quality, one for each view of an episode; and the config records and
+summaries of all earlier stages. Training states, metrics and pictures stay behind. Packing tells
+how far the frames have changed (PSNR); everything else comes back as it was.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from mbpo_jax.data.episodes import iterate_episodes, write_episodes
 from mbpo_jax.episode import Episode
@@ -52,11 +52,11 @@ _INDEX = "pack.json"  # the last file of an archive: SHA-256 of each of the othe
 _ARRAYS = ("timesteps", "proprio", "actions", "target_actions", "num_actions")
 
 
-def pack(workdir: Path, stage: str, out: Path, quality: int = 95) -> dict[str, dict[str, float]]:
+def pack(workdir: Path, stage: str, out: Path, quality: int = 50) -> dict[str, dict[str, float]]:
     """Writes the archive; `out` appears when it is complete.
 
     Args:
-        quality: of the frames, 0 to 99, or 100 for lossless ones.
+        quality: of the films, 0 to 100; 100 is nearly lossless.
 
     Returns:
         stage of a dataset -> {"episodes", "frames", "psnr": in dB over all pixels, "worst_psnr":
@@ -199,15 +199,13 @@ def _is_episode(name: str) -> bool:
 
 
 def _encoded(episode: Episode, quality: int, errors: _FrameErrors) -> bytes:
-    """An episode as .npz: its arrays, each camera's pictures one behind the other and their
-    lengths, and the rest as JSON."""
+    """An episode as .npz: its arrays, a film of each camera, and the rest as JSON."""
     arrays = {name: getattr(episode, name) for name in _ARRAYS}
     for camera, frames in episode.images.items():
-        pictures = [_picture(frame, quality) for frame in frames]
-        for frame, picture in zip(frames, pictures):
-            errors.add(frame, _frame(picture))
-        arrays[f"images/{camera}"] = np.frombuffer(b"".join(pictures), np.uint8)
-        arrays[f"lengths/{camera}"] = np.array([len(picture) for picture in pictures])
+        film = _film(frames, quality)
+        for before, after in zip(frames, _frames(film), strict=True):
+            errors.add(before, after)
+        arrays[f"images/{camera}"] = np.frombuffer(film, np.uint8)
     rest = {
         field.name: getattr(episode, field.name)
         for field in dataclasses.fields(episode)
@@ -223,23 +221,27 @@ def _decoded(content: bytes) -> Episode:
     images = {}
     for name in arrays:
         if name.startswith("images/"):
-            camera = name.removeprefix("images/")
-            ends = np.cumsum(arrays[f"lengths/{camera}"])
-            pictures = np.split(arrays[name], ends[:-1])
-            images[camera] = np.stack([_frame(picture.tobytes()) for picture in pictures])
+            images[name.removeprefix("images/")] = _frames(arrays[name].tobytes())
     rest = json.loads(str(arrays["record"]))
     return Episode(images=images, **{name: arrays[name] for name in _ARRAYS}, **rest)
 
 
-def _picture(frame: np.ndarray, quality: int) -> bytes:
+def _film(frames: np.ndarray, quality: int) -> bytes:
+    """Frames [F, H, W, 3] as one film: little moves between them, so that they take less than a
+    third of what single WebP pictures of the same PSNR take."""
     file = io.BytesIO()
-    lossless = quality == 100
-    Image.fromarray(frame).save(file, "WEBP", quality=quality, lossless=lossless, method=6)
+    first, *others = map(Image.fromarray, frames)
+    # Without chroma subsampling, which costs 1.6 dB at the same size. Speed 6 is 15 times slower.
+    coding = {"quality": quality, "subsampling": "4:4:4", "speed": 7}
+    first.save(file, "AVIF", save_all=True, append_images=others, **coding)
     return file.getvalue()
 
 
-def _frame(picture: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+def _frames(film: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(film)) as opened:
+        return np.stack(
+            [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -249,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="working directory of a run")
     parser.add_argument("--for", dest="stage", choices=tuple(NEEDS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="the file to be written")
-    parser.add_argument("--quality", type=int, default=95, help="of WebP; 100: lossless")
+    parser.add_argument("--quality", type=int, default=50, help="of AVIF, 0 to 100")
     options = parser.parse_args(arguments)
     if not 0 <= options.quality <= 100:
         parser.error(f"--quality is {options.quality}: 0 to 100")
