@@ -1,10 +1,10 @@
-"""Packs what a stage needs of a run into one small file, to run that stage on another machine.
+"""Packs what stages need of a run into one small file, to run them on another machine.
 
-    python -m experiments.pack --workdir=runs/libero_long_micro --for=improve --out=improve.tar
-    python -m experiments.unpack improve.tar --workdir=DIR
-    python -m experiments.libero_long --stages=improve --workdir=DIR
+    python -m experiments.pack --workdir=RUN --for=world_model,value,improve --out=FILE.tar
+    python -m experiments.unpack FILE.tar --workdir=DIR
+    python -m experiments.libero_long --stages=world_model,value,improve --workdir=DIR
 
-The file holds what the stage reads of earlier stages: parameters, statistics, and datasets whose
+The file holds what the stages read of earlier ones: parameters, statistics, and datasets whose
 frames are AVIF films of --quality, one for each view of an episode; and the config records and
 summaries of all earlier stages. Training states, metrics and pictures stay behind. Packing tells
 how far the frames have changed (PSNR); everything else comes back as it was.
@@ -19,7 +19,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -52,7 +52,9 @@ _INDEX = "pack.json"  # the last file of an archive: SHA-256 of each of the othe
 _ARRAYS = ("timesteps", "proprio", "actions", "target_actions", "num_actions")
 
 
-def pack(workdir: Path, stage: str, out: Path, quality: int = 50) -> dict[str, dict[str, float]]:
+def pack(
+    workdir: Path, stages: Sequence[str], out: Path, quality: int = 50
+) -> dict[str, dict[str, float]]:
     """Writes the archive; `out` appears when it is complete.
 
     Args:
@@ -63,25 +65,26 @@ def pack(workdir: Path, stage: str, out: Path, quality: int = 50) -> dict[str, d
         of the worst frame}.
 
     Raises:
-        StageError: a stage that `stage` reads from has not finished, or `out` exists.
+        StageError: a stage that `stages` read from has not finished, or `out` exists.
         ValueError: a dataset is corrupt.
     """
     workspace, out = Workspace(workdir, read_config(workdir)), Path(out)
     if out.exists():
         raise StageError(f"{out} already exists: delete it, or choose another --out")
-    for name in NEEDS[stage]:
+    needed = _needed(stages)
+    for name in needed:
         workspace.require(name)
     unfinished, errors = out.with_name(out.name + ".unfinished"), {}
     digests: dict[str, str] = {}
     try:
         with tarfile.open(unfinished, "w") as archive:
-            for name in _earlier(workspace, stage):
+            for name in _packed_stages(workspace, stages, needed):
                 errors[name], folder = _FrameErrors(), workspace.directory(name)
-                for part in (*_RECORDS, *NEEDS[stage].get(name, ())):
+                for part in (*_RECORDS, *needed.get(name, ())):
                     for file, content in _packed(folder / part, quality, errors[name]):
                         path = f"{name}/{file.relative_to(folder)}"
                         digests[path] = _add(archive, path, content)
-            index = {"stage": stage, "quality": quality, "files": digests}
+            index = {"stage": ",".join(stages), "quality": quality, "files": digests}
             _add(archive, _INDEX, json.dumps(index, indent=1).encode())
         unfinished.replace(out)
     finally:
@@ -90,8 +93,8 @@ def pack(workdir: Path, stage: str, out: Path, quality: int = 50) -> dict[str, d
 
 
 def unpack(archive: Path, workdir: Path) -> str:
-    """Restores a working directory, which appears when it is complete; returns the stage that it is
-    for.
+    """Restores a working directory, which appears when it is complete; returns the stages that it
+    is for, separated by commas.
 
     Raises:
         StageError: the archive is missing or damaged, or `workdir` exists.
@@ -139,11 +142,24 @@ class _FrameErrors:
         return {"episodes": self.episodes, "frames": len(self._frames), **psnr}
 
 
-def _earlier(workspace: Workspace, stage: str) -> list[str]:
-    """The finished stages before `stage`, and all that it reads from."""
+def _needed(stages: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What the stages read of the folders of others."""
+    needed: dict[str, tuple[str, ...]] = {}
+    for stage in stages:
+        for name, parts in NEEDS[stage].items():
+            if name not in stages:
+                needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
+    return needed
+
+
+def _packed_stages(
+    workspace: Workspace, stages: Sequence[str], needed: Collection[str]
+) -> list[str]:
+    """The stages that are read from, and all finished ones before the first of `stages`."""
     order = ["demonstrations", *NEEDS]
-    before = order[: order.index(stage)]
-    return [name for name in before if workspace.summary(name) is not None]
+    before = order[: min(order.index(stage) for stage in stages)]
+    finished = [name for name in before if workspace.summary(name) is not None]
+    return [name for name in order if name in finished or name in needed]
 
 
 def _packed(path: Path, quality: int, errors: _FrameErrors) -> Iterator[tuple[Path, bytes]]:
@@ -249,14 +265,23 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, required=True, help="working directory of a run")
-    parser.add_argument("--for", dest="stage", choices=tuple(NEEDS), required=True)
+    parser.add_argument(
+        "--for",
+        dest="stages",
+        type=lambda text: text.split(","),
+        required=True,
+        help="stages, separated by commas: " + ", ".join(NEEDS),
+    )
     parser.add_argument("--out", type=Path, required=True, help="the file to be written")
     parser.add_argument("--quality", type=int, default=50, help="of AVIF, 0 to 100")
     options = parser.parse_args(arguments)
+    for stage in options.stages:
+        if stage not in NEEDS:
+            parser.error(f"--for holds {stage!r}: choose among {', '.join(NEEDS)}")
     if not 0 <= options.quality <= 100:
         parser.error(f"--quality is {options.quality}: 0 to 100")
     try:
-        found = pack(options.workdir, options.stage, options.out, options.quality)
+        found = pack(options.workdir, options.stages, options.out, options.quality)
     except (StageError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -109,7 +109,7 @@ def test_packing_tells_the_error_of_the_frames(workdir, tmp_path, capsys):
     psnr = {}
     for quality in (10, 50, 100):
         out = tmp_path / f"{quality}.tar"
-        found = pack.pack(workdir, "world_model", out, quality)
+        found = pack.pack(workdir, ["world_model"], out, quality)
         assert found["rollouts"]["episodes"] == 2
         assert found["rollouts"]["frames"] == 12
         psnr[quality] = found["rollouts"]["psnr"]
@@ -120,6 +120,24 @@ def test_packing_tells_the_error_of_the_frames(workdir, tmp_path, capsys):
     out = tmp_path / "again.tar"
     assert run(pack, f"--workdir={workdir}", "--for=world_model", f"--out={out}") == 0
     assert f"rollouts: 2 episodes, 12 frames, PSNR {psnr[50]:.1f} dB" in capsys.readouterr().out
+
+
+def test_several_stages_take_what_none_of_them_writes(workdir, tmp_path, capsys):
+    out = tmp_path / "several.tar"
+    stages = "world_model,value,improve"
+    assert run(pack, f"--workdir={workdir}", f"--for={stages}", f"--out={out}") == 0
+    with tarfile.open(out) as opened:
+        names = opened.getnames()
+    assert {name.split("/")[0] for name in names} == {
+        *("demonstrations", "sft", "rollouts"),
+        "pack.json",
+    }
+    assert "sft/policy/d/array" in names
+    assert run(unpack, out, f"--workdir={tmp_path / 'there'}") == 0
+    assert f"--stages={stages}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(pack, f"--workdir={workdir}", "--for=improve,valeu", f"--out={tmp_path / 'a.tar'}")
+    assert "'valeu'" in capsys.readouterr().err
 
 
 def test_every_stage_can_be_packed_for():
