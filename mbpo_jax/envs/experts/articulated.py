@@ -21,6 +21,7 @@ from mbpo_jax.envs.experts.scene import Part, Scene
 
 _LEAN = 1.3  # of the hand at a handle: level it would touch what lies before the drawer
 _ROOM = 0.11  # of a drawer that is to be filled
+_DOOR = 0.9  # of its range: how wide a door stands open that something is to be put behind
 
 
 def pull_open(scene: Scene, name: str, enough: float = np.inf) -> Actions:
@@ -46,29 +47,36 @@ def pull_open(scene: Scene, name: str, enough: float = np.inf) -> Actions:
 
 def push_shut(scene: Scene, name: str) -> Actions:
     """Pushes a drawer or door with closed fingers until it counts as shut."""
-    hand, part = scene.hand, scene.part(name)
-    contact = _contact(part)
-    outward = part.opening_direction(contact)
-    rotation = downward(yaw_along(np.cross(outward, UP)))
+    yield from _push(scene, scene.part(name), -1.0, lambda: scene.is_true("close", name))
+
+
+def _push(scene: Scene, part: Part, sense: float, done: Callable[[], bool]) -> Actions:
+    """Pushes a drawer or door with closed fingers, open (`sense` 1) or shut (-1), until `done`."""
+    hand = scene.hand
+    contact = _contact(part, sense)
+    back = -sense * part.opening_direction(contact)
+    rotation = downward(yaw_along(np.cross(back, UP)))
     if part.slides:
-        rotation = leaning(rotation, outward, 0.6)
+        rotation = leaning(rotation, back, 0.6)
     top = part.points[:, 2].max()
     yield from retreat(hand, UP, top + 0.12 - hand.position[2], hand.rotation, OPEN)
-    before = contact + 0.04 * outward
+    before = contact + 0.04 * back
     yield from reach(hand, np.array([*before[:2], top + 0.12]), rotation, CLOSED)
     yield from approach(hand, before, rotation, 0.02, 0.12, CLOSED)
     for _ in range(150):
-        if scene.is_true("close", name):
+        if done():
             break
-        contact = _contact(part)
-        yield hand.towards(contact - 0.04 * part.opening_direction(contact), rotation, CLOSED)
-    outward = part.opening_direction(contact)
-    yield from retreat(hand, outward, 0.05, rotation, CLOSED)
+        contact = _contact(part, sense)
+        back = -sense * part.opening_direction(contact)
+        yield hand.towards(contact - 0.04 * back, rotation, CLOSED)
+    # Up from an opened door: the hand would take it along.
+    away = UP if sense > 0 else part.opening_direction(contact)
+    yield from retreat(hand, away, 0.05, rotation, CLOSED)
 
 
-def _contact(part: Part) -> np.ndarray:
-    """Where [3] fingertips push: on a drawer's handle, or high on a door's outside, where its
-    handle is not in the way."""
+def _contact(part: Part, sense: float) -> np.ndarray:
+    """Where [3] fingertips push: on a drawer's handle, or high on a door, on its outside to shut
+    it, where its handle is not in the way."""
     points = part.points
     if part.slides:
         outward = part.opening_direction(points[0])
@@ -76,8 +84,7 @@ def _contact(part: Part) -> np.ndarray:
         return (front.min(axis=0) + front.max(axis=0)) / 2
     radius = np.linalg.norm((points - part.hinge)[:, :2], axis=1)
     ring = points[np.abs(radius - 0.7 * radius.max()) < 0.02]
-    outward = part.opening_direction(ring.mean(axis=0))
-    ahead = ring @ outward
+    ahead = ring @ (-sense * part.opening_direction(ring.mean(axis=0)))
     middle = ring[ahead > ahead.max() - 0.005].mean(axis=0)
     return np.array([*middle[:2], points[:, 2].max() - 0.03])
 
@@ -108,9 +115,11 @@ def _turn(scene: Scene, part: Part, sense: float, done: Callable[[], bool]) -> A
     yield from let_go(hand, downward(yaw_of(hand.rotation)))
 
 
-def prepare(scene: Scene, name: str, target: str) -> Actions:
-    """Opens the drawer that an object is to be put into, no further than the hand can do without.
-    Where the hand would then not reach the object from above, it is set aside before."""
+def prepare(scene: Scene, goal: tuple[str, ...]) -> Actions:
+    """Opens the drawer that `goal`, an `in` or `on`, wants an object in, no further than the hand
+    can do without; where the hand would then not reach the object from above, it is set aside
+    before. A door is pushed wide open, out of the arm's way."""
+    predicate, name, target = goal
     part = scene.part(target)
     if part and part.slides and part.opening < _ROOM - 0.03:
         outward = part.opening_direction(np.zeros(3))
@@ -119,3 +128,6 @@ def prepare(scene: Scene, name: str, target: str) -> Actions:
         if spot is not None:
             yield from set_aside(scene, name, spot)
         yield from pull_open(scene, target, _ROOM)
+    door = scene.part(scene.region(target).parent_name) if predicate == "in" and not part else None
+    if door and not door.slides and door.opening < _DOOR * door.range:
+        yield from _push(scene, door, 1.0, lambda: door.opening > _DOOR * door.range)

@@ -63,5 +63,5 @@ def _achieve(scene: Scene) -> Actions:
             if goal[0] in _SKILLS:
                 yield from _SKILLS[goal[0]](scene, goal[1])
             else:
-                yield from prepare(scene, goal[1], goal[2])
+                yield from prepare(scene, goal)
                 yield from move(scene, goal)

@@ -73,7 +73,7 @@ def _slide_in(scene: Scene, name: str, target: str, mouth: Mouth) -> Actions:
     yield from retreat(hand, UP, 0.08, rotation, CLOSED)
     held = scene.position(name)
     spot = mouth.middle + _FRONT * outward
-    spot[2] += 0.02 - scene.half_size(target)[2] - (scene.points(name) - held)[:, 2].min()
+    spot[2] += 0.03 - scene.half_size(target)[2] - (scene.points(name) - held)[:, 2].min()
     spot += hand.position - held
     yield from reach(hand, spot + 0.2 * outward, rotation, CLOSED)
     yield from approach(hand, spot, rotation, 0.01, 0.2, CLOSED, -outward)

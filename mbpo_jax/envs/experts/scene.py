@@ -26,6 +26,11 @@ class Part:
         return float(self._sign * self._data.qpos[self._model.jnt_qposadr[self._joint]])
 
     @property
+    def range(self) -> float:
+        """The opening that is not exceeded."""
+        return float(np.ptp(self._model.jnt_range[self._joint]))
+
+    @property
     def points(self) -> np.ndarray:
         """Surface points [N, 3]."""
         return body_points(self._model, self._data, self._body, subtree=False)

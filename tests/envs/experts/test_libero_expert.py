@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from mbpo_jax.envs.experts.libero_expert import check_supported
-from mbpo_jax.envs.experts.motion import Hand
+from mbpo_jax.envs.experts.motion import Hand, exactly
+from mbpo_jax.envs.experts.scene import Scene
 from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.sim.libero import LiberoEnv
 from mbpo_jax.envs.sim.rollout import run_expert
 from mbpo_jax.envs.suites import expert_actions
 
@@ -94,6 +96,26 @@ def test_a_repeat_is_equal_bit_for_bit_whatever_came_between(book_env, clean):
                 np.testing.assert_array_equal(before[camera], after[camera])
         else:
             np.testing.assert_array_equal(before, after)
+
+
+def test_a_door_in_the_arms_way_is_pushed_open_first():
+    env = LiberoEnv("libero_10", 9, cameras=())
+    try:
+        env.reset_to(EpisodeRequest(9, seed=12))
+        door = Scene(env, exactly).part("microwave_1")
+        openings = [door.opening]
+        for action in expert_actions(env, exactly):
+            env.step(action)
+            openings.append(door.opening)
+            if env.over:
+                break
+        # Half open it is on the way: the hand would push it shut before the mug is inside.
+        assert openings[0] < 0.8 * door.range
+        assert max(openings) > 0.9 * door.range
+        assert env.success
+        assert openings[-1] < 0.05
+    finally:
+        env.close()
 
 
 def test_a_failure_has_no_frames(book_env):
