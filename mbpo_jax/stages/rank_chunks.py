@@ -2,8 +2,9 @@
 that imagination ranks highest are what it is fine-tuned on next (reward-ranked fine-tuning, RAFT,
 arXiv 2304.06767; the choice is that of `selection.best_of`).
 
-What it gains over choosing while acting is an average: a ranking that is right a little more often
-than not is often wrong about one state's chunks, and rarely about those of a thousand like it.
+What it may gain over choosing while acting is an average: a ranking that is right a little more
+often than not is often wrong about one state's chunks, and rarely about those of a thousand like
+it. Where the ranking errs in one direction, so does the average.
 """
 
 from collections.abc import Callable, Mapping
