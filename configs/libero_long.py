@@ -4,8 +4,8 @@ Variants, chosen as `--config=configs/libero_long.py:NAME`:
 
     tiny    2 CPU cores, some minutes. One of everything, untrained: for tests of the machinery.
     micro   2 CPU cores, 24 GiB, three quarters of an hour. Task 5, everything from scratch; with
-            seeds 0 to 2 the policy solved 465 of 600 resets before policy optimisation and 527 after
-            it; 530 after the same updates on chunks at random, and 575 before any if it acts
+            seeds 0 to 2 the policy solved 465 of 600 resets before policy optimisation, 527 after
+            it, 530 after the same updates on chunks at random, and 575 before any if it acts
             without noise (docs/results.md).
     mini    2 CPU cores, 24 GiB, at most three hours. `micro` on four tasks (0, 1, 2, 5), with one
             policy and one world model for all of them. Never run as a whole: after its 4000 steps
