@@ -8,7 +8,7 @@ from mbpo_jax.envs.experts.geometry import body_points
 from mbpo_jax.envs.experts.motion import Hand, Miss
 from mbpo_jax.envs.sim.libero import LiberoEnv
 
-_SLIDE = 2  # mjtJoint
+_FREE, _SLIDE = 0, 2  # mjtJoint
 
 
 class Part:
@@ -19,6 +19,7 @@ class Part:
         self._joint = env.simulation.sim.model.joint_name2id(joint)
         self._body = env.model.jnt_bodyid[self._joint]
         self.slides = bool(env.model.jnt_type[self._joint] == _SLIDE)
+        self.free = bool(env.model.jnt_type[self._joint] == _FREE)
 
     @property
     def opening(self) -> float:
@@ -100,7 +101,9 @@ class Scene:
         return np.abs(rotation @ self._sites[name].size)
 
     def part(self, name: str) -> Part | None:
-        """The drawer that a region is in, or what moves of a fixture; None if nothing does."""
+        """The drawer that a region is in, or what moves of a fixture; None if nothing does, or
+        all of it, as of what can be carried away."""
         holder = self._sites.get(name) or self.env.simulation.get_object(name)
         joints = [*(holder.joints or ())]
-        return Part(self.env, joints[0]) if joints else None
+        part = Part(self.env, joints[0]) if joints else None
+        return None if part is None or part.free else part
