@@ -241,16 +241,18 @@ def plan_insertion(
     shape, palm: surface points [N, 3] of the object and of the hand above the fingertips, relative
     to the object's origin, held at `yaw`; container: surface points [W, 3]; rim: the height of the
     region's upper edge; centre, half: [3], the region in which the origin must be. The object is
-    let go with its lower end 3 to 5 cm below the rim: walls up to there meet that end alone, higher
-    ones all of it. The spot and the hand's yaw (in steps of 15
-    degrees) leave 1.2 cm of room if possible; then little turning and a central spot are preferred.
+    let go with its lower end 3 to 5 cm below the rim and falls to the region's floor: walls up to
+    the rim meet what is below it then, higher ones all of the object. The spot and the hand's yaw
+    (in steps of 15 degrees) leave 1.2 cm of room if possible; then little turning and a central
+    spot are preferred.
     """
     depth = np.clip(np.ptp(shape[:, 2]) / 2, 0.03, 0.05)
     height = rim - depth - shape[:, 2].min()
     above = container[:, 2] > rim
     low = []
-    for part in (shape, palm):
-        sunk = part[part[:, 2] < rim - height]
+    rest = min(height, centre[2] - half[2] - shape[:, 2].min())
+    for part, lowest in ((shape, rest), (palm, height)):
+        sunk = part[part[:, 2] < rim - lowest]
         for met, side in ((sunk, container[~above]), (part, container[above])):
             walls = _walls(side, met, height, centre, half) if len(met) else met
             low += [(met, walls)] if len(walls) else []

@@ -32,6 +32,7 @@ from mbpo_jax.envs.experts.motion import (
 from mbpo_jax.envs.experts.scene import Scene
 
 ATTEMPTS = 3  # grasps of one object
+_HELD = 0.01  # an object has risen so far at least that is held: by its rim it hangs low
 _HIGH = 0.05  # above an object is what a hand can meet that has it by its top
 _LEAN = 0.9  # of the hand that reaches under a roof
 _FRONT = 0.03  # how far before the middle of such a region something is put
@@ -82,13 +83,16 @@ def _slide_in(scene: Scene, name: str, target: str, mouth: Mouth) -> Actions:
 
 def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
     """Grasps an object from above and lifts it a little; tries again if it slips. The hand is to
-    have room here, and beside the furniture where an "on" wants the object."""
+    have room here, and beside the furniture where an "on" or a drawer wants the object."""
     hand = scene.hand
     for attempt in range(ATTEMPTS):
+        if attempt:  # what still hangs in the fingers falls before it is looked at again
+            above = scene.points(name)[:, 2].max() + 0.10
+            yield from retreat(hand, UP, above - hand.position[2], rotation, OPEN)
         height = scene.position(name)[2]
         obstacles = scene.obstacles(name)
         crowd = obstacles
-        if goal and goal[0] == "on":
+        if goal and (goal[0] == "on" or scene.part(goal[2])):
             plan = _destination(scene, goal)
             way = np.array([*plan.spot, plan.height]) - scene.position(name)
             there = scene.furniture() - way  # as it will stand around the object
@@ -98,14 +102,12 @@ def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
         grasp = dataclasses.replace(grasp, position=grasp.position + [*scene.miss(), 0.0])
         rotation, low = downward(grasp.yaw), grasp.position[2]
         top = scene.points(name)[:, 2].max()
-        if attempt:
-            yield from retreat(hand, UP, top + 0.10 - hand.position[2], rotation, OPEN)
         between = highest_between(obstacles, hand.position[:2], grasp.position[:2])
         clearance = max(top + 0.03 - low, between + 0.01 - low, 0) + 0.02
         yield from approach(hand, grasp.position, rotation, grasp.tolerance, clearance)
         yield from close_fingers(hand, grasp.position, rotation)
         yield from retreat(hand, UP, low + 0.04 - hand.position[2], rotation, CLOSED)
-        if scene.position(name)[2] > height + 0.02:
+        if scene.position(name)[2] > height + _HELD:
             return
 
 

@@ -98,6 +98,27 @@ def test_a_repeat_is_equal_bit_for_bit_whatever_came_between(book_env, clean):
             np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.parametrize(
+    ("suite", "task", "seed"),
+    [
+        ("libero_goal", 5, 3),  # a plate, held by its rim, hangs lower than the hand
+        ("libero_10", 3, 5),  # a bowl, 5 mm narrower than the mouth of its drawer
+    ],
+)
+def test_what_is_held_or_put_by_a_hair_is_done_at_the_first_attempt(suite, task, seed):
+    env = LiberoEnv(suite, task, cameras=())
+    try:
+        env.reset_to(EpisodeRequest(task, seed=seed, max_steps=200))
+        for action in expert_actions(env, exactly):
+            env.step(action)
+            if env.over:
+                break
+        assert env.success
+        assert env.num_steps < 160
+    finally:
+        env.close()
+
+
 def test_a_door_in_the_arms_way_is_pushed_open_first():
     env = LiberoEnv("libero_10", 9, cameras=())
     try:
