@@ -120,6 +120,7 @@ def _paper(suite: str, robot: Embodiment) -> ml_collections.ConfigDict:
     # Metres by which the expert grasps and puts down from above beside where it means to (one
     # standard deviation): people do not aim alike every time.
     c.demonstrations.aim_error = 0.0
+    c.demonstrations.aim_offset = (0.0, 0.0)  # and by which it always does, x and y: a habit
     c.demonstrations.render_every = 5  # steps between stored frames; divides chunk
 
     policy = dataclasses.asdict(policy_config.variants()["pi05"])

@@ -19,6 +19,7 @@ class EpisodeRequest:
     action_noise: levels of the jitter on the expert's actions; an episode draws one of them.
     aim_error: how far the expert grasps and puts down from above beside where it means to: standard
         deviation in metres of each horizontal direction, drawn anew each time.
+    aim_offset: [x, y] by which it does so every time, in metres: its habit.
     render_every: stride of the frames in steps; divides the chunk, so that the frame a chunk later
         is there too. The chunk itself: a policy's frames are those that it sees.
     success_frames: last frames of a policy's success that are drawn; those before the very last are
@@ -34,6 +35,7 @@ class EpisodeRequest:
     max_steps: int = 520
     action_noise: tuple[float, ...] = (0.0,)
     aim_error: float = 0.0
+    aim_offset: tuple[float, float] = (0.0, 0.0)
     render_every: int = 5
     success_frames: int = 5
     video_size: int = 0
@@ -51,6 +53,8 @@ class EpisodeRequest:
             raise ValueError(f"action_noise needs levels >= 0, not {self.action_noise}")
         if not self.aim_error >= 0:
             raise ValueError(f"aim_error must be >= 0 metres, not {self.aim_error}")
+        if len(self.aim_offset) != 2:
+            raise ValueError(f"aim_offset must be two numbers, x and y, not {self.aim_offset}")
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ from mbpo_jax.stages.build import Act, Config, acting_program, load_policy, obse
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.types import Array, Observation, Params
 
-MAX_ATTEMPTS_PER_DEMONSTRATION = 4
+MAX_ATTEMPTS_PER_DEMONSTRATION = 8
 
 
 def collect_demonstrations(workspace: Workspace, directory: Path) -> dict:
@@ -82,6 +82,7 @@ def _demonstration(config: Config, task: int, number: int) -> EpisodeRequest:
         max_steps=config.max_steps,
         action_noise=tuple(config.demonstrations.action_noise),
         aim_error=config.demonstrations.aim_error,
+        aim_offset=tuple(config.demonstrations.aim_offset),
         render_every=config.demonstrations.render_every,
     )
 

@@ -47,11 +47,12 @@ NUMBERS = {
     "profile_steps": COUNT_OR_NONE,
     "image_size": Number(1, 4096),
     "workers": Number(1, 1024),
-    # Four attempts at each must stay before the resets of the rollouts, and these before others'.
-    "demonstrations.episodes_per_task": Number(1, 12_500),
+    # Eight attempts at each must stay before the resets of the rollouts, and these before others'.
+    "demonstrations.episodes_per_task": Number(1, 6_250),
     "rollouts.episodes_per_task": Number(1, 850_000),
     "demonstrations.action_noise": Number(),
     "demonstrations.aim_error": Number(),
+    "demonstrations.aim_offset": Number(-math.inf),
     "evaluation.episodes_per_task": COUNT_OR_NONE,
     "evaluation.resets_per_task": COUNT_OR_NONE,
     "value.steps": COUNT_OR_NONE,
@@ -187,6 +188,9 @@ def _simulator(config: Config) -> Iterator[str]:
         yield f"max_steps is {config.max_steps}: at least a chunk, {config.chunk}"
     if "max_steps" in config and (not config.tasks or len(set(config.tasks)) < len(config.tasks)):
         yield f"tasks is {config.tasks!r}: one or more numbers, each once"
+    offset = config.get("demonstrations", {}).get("aim_offset", (0.0, 0.0))
+    if len(offset) != 2:
+        yield f"demonstrations.aim_offset is {offset!r}: two numbers, x and y"
 
 
 def _branches(config: Config) -> Iterator[str]:

@@ -39,6 +39,7 @@ def test_a_frame_has_the_frame_a_chunk_later():
         ({"seed": 1, "action_noise": ()}, "action_noise"),
         ({"seed": 1, "action_noise": (0.1, -0.1)}, "action_noise"),
         ({"seed": 1, "aim_error": -0.01}, "aim_error"),
+        ({"seed": 1, "aim_offset": (0.01,)}, "aim_offset"),
     ],
 )
 def test_impossible_requests_are_refused(arguments, words):

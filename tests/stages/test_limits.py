@@ -21,6 +21,7 @@ WRONG = {
     "demonstrations.episodes_per_task": (0, 50_000),
     "demonstrations.action_noise": ((0.1, -0.1), (math.nan,)),
     "demonstrations.aim_error": (-0.01, math.nan),
+    "demonstrations.aim_offset": ((0.01,), (math.nan, 0.0)),
     "sft.batch_size": (0, -3, 10**12),
     "sft.learning_rate": (-1.0, math.inf, math.nan),
     "sft.grad_clip": (0.0,),

@@ -124,7 +124,7 @@ def episode(seed: int) -> Episode:
 
 def demonstrate(directory: Path) -> None:
     demonstrations = {"episodes_per_task": 40, "render_every": 1}
-    demonstrations |= {"action_noise": (0.0,), "aim_error": 0.0}
+    demonstrations |= {"action_noise": (0.0,), "aim_error": 0.0, "aim_offset": (0.0, 0.0)}
     config = ml_collections.ConfigDict(
         {
             **{"suite": "libero_10", "tasks": (5,), "max_steps": 10, "seed": 0},

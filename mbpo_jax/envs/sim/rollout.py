@@ -27,11 +27,12 @@ def run_expert(
     """One episode of an expert, with frames if it succeeded.
 
     `plan` gives the expert's actions [A] from the start of the episode on, and calls its second
-    argument for how far [2] it misses the next place that it aims at (`request.aim_error`).
-    Executed are these actions plus autoregressive jitter on all dimensions but the grippers', whose
-    level is drawn from `request.action_noise`; the labels are the expert's. Frames are at every
-    `request.render_every` steps from an offset drawn from the seed, and at the last 5 steps. Raises
-    ValueError for a stride that does not divide the chunk, and what `plan` raises.
+    argument for how far [2] it misses the next place that it aims at: by `request.aim_offset` and,
+    anew each time, by `request.aim_error`. Executed are these actions plus autoregressive jitter on
+    all dimensions but the grippers', whose level is drawn from `request.action_noise`; the labels
+    are the expert's. Frames are at every `request.render_every` steps from an offset drawn from the
+    seed, and at the last 5 steps. Raises ValueError for a stride that does not divide the chunk,
+    and what `plan` raises.
     """
     started = time.perf_counter()
     if env.chunk % request.render_every:
@@ -47,7 +48,8 @@ def run_expert(
     sent, labels = [], []
     moving = np.flatnonzero(env.jitter_scale)
     jitter = np.zeros(len(moving))
-    for label in plan(env, lambda: request.aim_error * aiming.normal(size=2)):
+    habit = np.array(request.aim_offset)
+    for label in plan(env, lambda: habit + request.aim_error * aiming.normal(size=2)):
         innovation = random.normal(size=len(moving)) * np.sqrt(1 - _JITTER_MEMORY**2)
         jitter = _JITTER_MEMORY * jitter + innovation
         action = label.copy()
