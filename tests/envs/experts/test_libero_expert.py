@@ -76,11 +76,16 @@ def test_an_expert_that_misses_grasps_and_puts_down_beside_its_places(book_env, 
     np.testing.assert_allclose(off, [0.015, 0, 0], atol=0.008)
     assert len(misses) == 1
     book_env.reset_to(EpisodeRequest(5, seed=2))
+    sent = []
     for action in expert_actions(book_env, by_15_mm):
+        sent.append(action)
         book_env.step(action)
         if book_env.over:
             break
     assert len(misses) >= 3  # a grasp and a placing more
+    habit = run(book_env, 5, seed=2, aim_offset=(0.015, 0.0)).episode
+    first = habit.timesteps[0]
+    np.testing.assert_allclose(habit.actions[0], np.array(sent)[first : first + 10], atol=1e-6)
     one, other = (run(book_env, 5, seed=2, aim_error=0.015).episode for _ in range(2))
     np.testing.assert_array_equal(one.actions, other.actions)
     assert not np.array_equal(one.actions[:5], clean.actions[:5])
