@@ -6,7 +6,7 @@
     state, metrics = mbpo.update(state, minibatch(branch))       # clipped surrogate, value loss
 
 with a fresh branch every few updates. Everything here is a pure function of arrays: there is no
-mesh, no checkpoint and no logger. `stages/improve_policy.py` runs it on devices, and
+mesh, no checkpoint and no logger. `stages/optimize_policy.py` runs it on devices, and
 `python -m experiments.toy` in seconds on a world whose optimum is known.
 """
 

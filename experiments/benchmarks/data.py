@@ -17,7 +17,7 @@ from mbpo_jax.data.episodes import read_episodes, write_episodes
 from mbpo_jax.data.pipelines import batches, demonstrations, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages.build import Config, observation_builder
-from mbpo_jax.stages.finetune_world_model import joint_batches, joint_loss
+from mbpo_jax.stages.train_dynamics import joint_batches, joint_loss
 
 EPISODES, CHUNKS = 24, 10  # of data, and chunks in each
 

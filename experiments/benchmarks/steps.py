@@ -19,9 +19,9 @@ from mbpo_jax.stages.build import (
     observation_builder,
 )
 from mbpo_jax.stages.finetune_policy import flow_matching_loss
-from mbpo_jax.stages.finetune_world_model import joint_loss
 from mbpo_jax.stages.imagination import placed_branch, programs
 from mbpo_jax.stages.rank_chunks import ranking, starts_at_a_time
+from mbpo_jax.stages.train_dynamics import joint_loss
 from mbpo_jax.training.loop import Training, initial_state, jit_step, make_optimizer, train_step
 from mbpo_jax.training.sharding import batch_sharding, frozen_weight_sharding, parameter_sharding
 from mbpo_jax.types import Demonstration, RewardExample, Transition

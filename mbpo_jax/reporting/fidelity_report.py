@@ -7,7 +7,8 @@ from pathlib import Path
 from mbpo_jax.reporting import figures
 from mbpo_jax.reporting.page import Section, Table, png, render
 from mbpo_jax.stages.build import Config
-from mbpo_jax.stages.fidelity import Strips, study_fidelity
+from mbpo_jax.stages.contenders import Strips
+from mbpo_jax.stages.fidelity import study_fidelity
 from mbpo_jax.stages.workspace import Workspace
 
 

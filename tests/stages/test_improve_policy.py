@@ -7,7 +7,7 @@ import pytest
 
 from mbpo_jax.data.pipelines import Source
 from mbpo_jax.stages import improve_policy
-from mbpo_jax.stages.improve_policy import optimize_policy
+from mbpo_jax.stages.optimize_policy import optimize_policy
 from mbpo_jax.stages.workspace import StageError
 from mbpo_jax.toy import ToyPolicy, ToyWorld, WrongWorld, observation
 from mbpo_jax.training.interruption import Interrupted
@@ -95,7 +95,8 @@ class RememberingWorld(ToyWorld):
 def test_branches_start_from_what_was_precomputed_of_their_own_start(tmp_path, monkeypatch):
     branches = []
     monkeypatch.setattr(
-        improve_policy, "branch_metrics", lambda branch: branches.append(branch) or {}
+        "mbpo_jax.stages.optimize_policy.branch_metrics",
+        lambda branch: branches.append(branch) or {},
     )
     # 13 starts and 8 at a time: the last 3 rows of the second batch are filled up.
     source = Source(start_at, [(i, 0) for i in range(13)])
@@ -161,7 +162,8 @@ def test_an_exchange_within_one_group_is_refused(tmp_path):
 def test_a_group_starts_from_one_state(tmp_path, monkeypatch):
     branches = []
     monkeypatch.setattr(
-        improve_policy, "branch_metrics", lambda branch: branches.append(branch) or {}
+        "mbpo_jax.stages.optimize_policy.branch_metrics",
+        lambda branch: branches.append(branch) or {},
     )
     optimize(tmp_path, group_size=4, updates=1)
     (branch,) = branches

@@ -23,9 +23,9 @@ from mbpo_jax.mbpo import MBPO, Settings
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.stages.build import dataclass_from
 from mbpo_jax.stages.finetune_policy import flow_matching_loss
-from mbpo_jax.stages.finetune_world_model import joint_loss
 from mbpo_jax.stages.imagination import programs
-from mbpo_jax.stages.improve_policy import optimize_policy
+from mbpo_jax.stages.optimize_policy import optimize_policy
+from mbpo_jax.stages.train_dynamics import joint_loss
 from mbpo_jax.toy import ToyPolicy, ToyWorld, observation
 from mbpo_jax.training.loop import LossFn, Training, fit, initial_state, jit_step, train_step
 from mbpo_jax.training.run import Run
