@@ -281,13 +281,13 @@ def chunk_discount(discount: float, chunk: int, convention: str) -> tuple[float,
 
 
 def generalized_advantages(
-    reward: Float[Array, "n *m"],
-    value: Float[Array, "n *m"],
-    done: Float[Array, "n *m"],
+    reward: Float[Array, " n *m"],
+    value: Float[Array, " n *m"],
+    done: Float[Array, " n *m"],
     bootstrap_value: Float[Array, "*m"],
     discount: float,
     gae_lambda: float,
-) -> tuple[Float[Array, "n *m"], Float[Array, "n *m"]]:
+) -> tuple[Float[Array, " n *m"], Float[Array, " n *m"]]:
     """Advantages, and returns = advantages + value (arXiv 1506.02438, eq. 16, on the chunk MDP).
 
     δ_i = r_i + γ (1 - done_i) V_{i+1} - V_i,  A_i = δ_i + γ λ (1 - done_i) A_{i+1}, where
@@ -307,7 +307,7 @@ def generalized_advantages(
     return advantages, advantages + value
 
 
-def leave_one_out(returns: Float[Array, "m"], group_size: int) -> Float[Array, "m"]:
+def leave_one_out(returns: Float[Array, " m"], group_size: int) -> Float[Array, " m"]:
     """Each return minus the mean of the others of its group, `group_size` neighbours (RLOO,
     arXiv 2402.14740, eq. 8): what a choice gained over other choices from the same start."""
     grouped = returns.reshape(-1, group_size)

@@ -30,7 +30,7 @@ def chunk_actions(chunks: Int[Array, "*B"], actions: int, k: int) -> Int[Array, 
 def sample_episodes(
     key: Array,
     step: Float[Array, "*k S A S"],
-    initial: Float[Array, "S"],
+    initial: Float[Array, " S"],
     data_policy: Float[Array, "S U"],
     *,
     k: int,
@@ -69,7 +69,7 @@ def smoothed_counts(
     states: Int[Array, "E T"],
     actions: Int[Array, "E T"],
     next_states: Int[Array, "E T"],
-    weights: Float[Array, "E"],
+    weights: Float[Array, " E"],
     shape: tuple[int, int],
     smoothing,
 ) -> Float[Array, "S A S"]:
@@ -128,11 +128,11 @@ def with_floor(model: Float[Array, "S A S"], floor: float) -> Float[Array, "S A 
 
 
 def horizon_errors(
-    initial: Float[Array, "S"],
+    initial: Float[Array, " S"],
     true_kernel: Float[Array, "S S"],
     model_kernel: Float[Array, "S S"],
     horizon: int,
-) -> Float[Array, "steps"]:
+) -> Float[Array, " steps"]:
     """Total variation between true and imagined state after h = 0, …, horizon chunks: the
     compounding error. Kernels are those of the current policy."""
 

@@ -87,7 +87,7 @@ class Logits(NamedTuple):
 
     step: Float[Array, "S A S"]
     reward: Float[Array, "S A"]
-    initial: Float[Array, "S"]
+    initial: Float[Array, " S"]
     step_other: Float[Array, "S A S"]
     step_weight: Float[Array, "S A 1"]
     chunk_other: Float[Array, "S U S"]

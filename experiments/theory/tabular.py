@@ -27,7 +27,7 @@ class ChunkProblem(NamedTuple):
 
     step: Float[Array, "*k S A S"]
     reward: Float[Array, "S A"]
-    initial: Float[Array, "S"]
+    initial: Float[Array, " S"]
     step_model: Float[Array, "S A S"]
     chunk_model: Float[Array, "S U S"]
     data_policy: Float[Array, "S U"]
@@ -124,7 +124,7 @@ def chunk_reward(
 
 def under_policy(
     policy: Float[Array, "S U"], table: Float[Array, "S U *rest"]
-) -> Float[Array, "S *rest"]:
+) -> Float[Array, " S *rest"]:
     """Average a table over chunks: kernels [S, U, S] become [S, S], rewards [S, U] become [S]."""
     checks.check_shape("table", table[..., 0] if table.ndim == 3 else table, policy.shape)
     return jnp.einsum("su,su...->s...", policy, table)
@@ -134,27 +134,27 @@ def under_policy(
 
 
 def occupancy(
-    initial: Float[Array, "S"], kernel: Float[Array, "S S"], discount
-) -> Float[Array, "S"]:
+    initial: Float[Array, " S"], kernel: Float[Array, " S S"], discount
+) -> Float[Array, " S"]:
     """Σ_i discount^i d_i, by one linear solve; sums to 1/(1 − discount)."""
     checks.check_gamma(discount)
     system = jnp.eye(kernel.shape[0], dtype=kernel.dtype) - discount * kernel
     return jnp.linalg.solve(system.T, initial)
 
 
-def full_return(initial, kernel: Float[Array, "S S"], reward: Float[Array, "S"], discount):
+def full_return(initial, kernel: Float[Array, " S S"], reward: Float[Array, " S"], discount):
     """Σ_i discount^i E[reward(s_i)] when every transition is `kernel`'s; a scalar."""
     return occupancy(initial, kernel, discount) @ reward
 
 
 def branched_returns(
-    initial: Float[Array, "S"],
-    data_occupancy: Float[Array, "S"],
+    initial: Float[Array, " S"],
+    data_occupancy: Float[Array, " S"],
     model_kernel: Float[Array, "S S"],
-    reward: Float[Array, "S"],
+    reward: Float[Array, " S"],
     discount,
     n_max: int,
-) -> Float[Array, "lengths"]:
+) -> Float[Array, " lengths"]:
     """Branched returns for n = 0, …, n_max: the chunk at time i starts from the state reached by
     max(i − n, 0) real chunks under the data policy and then min(i, n) model chunks,
 
@@ -179,7 +179,7 @@ def branched_returns(
 
 
 def state_distributions(
-    initial: Float[Array, "S"], kernel: Float[Array, "S S"], times: int
+    initial: Float[Array, " S"], kernel: Float[Array, " S S"], times: int
 ) -> Float[Array, "H S"]:
     """Distributions at chunk times 0, …, H − 1; H is `times` rounded up to a power of two.
 
@@ -204,7 +204,7 @@ class ErrorProfile(NamedTuple):
     worst: Float[Array, ""]
     data: Float[Array, ""]
     current: Float[Array, ""]
-    branch: Float[Array, "lengths"]
+    branch: Float[Array, " lengths"]
 
 
 class Evaluation(NamedTuple):
@@ -220,13 +220,13 @@ class Evaluation(NamedTuple):
     true: Float[Array, ""]
     full_given: Float[Array, ""]
     full_accumulated: Float[Array, ""]
-    branch_given: Float[Array, "lengths"]
-    branch_true_model: Float[Array, "lengths"]
-    branch_accumulated: Float[Array, "lengths"]
-    branch_composed: Float[Array, "lengths"]
+    branch_given: Float[Array, " lengths"]
+    branch_true_model: Float[Array, " lengths"]
+    branch_accumulated: Float[Array, " lengths"]
+    branch_composed: Float[Array, " lengths"]
     true_decoded: Float[Array, ""]
     full_decoded: Float[Array, ""]
-    branch_decoded: Float[Array, "lengths"]
+    branch_decoded: Float[Array, " lengths"]
     eps_pi_worst: Float[Array, ""]
     eps_pi_data: Float[Array, ""]
     step_error: ErrorProfile

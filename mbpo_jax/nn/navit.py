@@ -92,7 +92,7 @@ def layer_norm(x: Array, weights: Params, eps: float) -> Array:
 
 
 def embed(
-    params: Params, config: NaViTConfig, patches: Float[Array, "B n v"], ids: Int[Array, "n"]
+    params: Params, config: NaViTConfig, patches: Float[Array, " B n v"], ids: Int[Array, " n"]
 ) -> Array:
     """Patch projection plus learned position [B, n, D]."""
     x = linear(params["patch_embedding"], patches.astype(config.dtype))
@@ -137,7 +137,7 @@ def forward(
 
 
 def encode(
-    params: Params, config: NaViTConfig, patches: Float[Array, "B n v"], ids: Int[Array, "n"]
+    params: Params, config: NaViTConfig, patches: Float[Array, " B n v"], ids: Int[Array, " n"]
 ) -> Float[Array, "B n D"]:
     """`forward` of pictures given as patches with their position ids."""
     x = embed(params, config, patches, ids)

@@ -171,8 +171,8 @@ def attention_mask(segments: Sequence[Segment]) -> np.ndarray:
 
 
 def segment_positions(
-    segments: Sequence[Segment], start: Int[Array, "B"]
-) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    segments: Sequence[Segment], start: Int[Array, " B"]
+) -> tuple[Int[Array, " B T"], Int[Array, " B"]]:
     """RoPE positions in the order of `attention_mask`, and the next free position.
 
     Text advances by one per token; all tokens of an image share one position, which the image then

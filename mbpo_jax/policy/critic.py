@@ -42,7 +42,7 @@ def apply(layers: list[dict], features: jax.Array) -> jax.Array:
 def fit_critic(
     layers: Params,
     features: Float[Array, "n d"],
-    returns: Float[Array, "n"],
+    returns: Float[Array, " n"],
     key: Array,
     *,
     steps: int,

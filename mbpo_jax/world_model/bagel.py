@@ -165,7 +165,7 @@ def vit_segment(
 
 
 def connect(
-    params: Params, config: UMMConfig, features: Float[Array, "B n F"], ids: Int[Array, "n"]
+    params: Params, config: UMMConfig, features: Float[Array, " B n F"], ids: Int[Array, " n"]
 ) -> Float[Array, "B n D"]:
     """ViT features in the decoder's width, with the position of their cells in the grid."""
     weights = params["adapters"]["connector"]
@@ -178,7 +178,7 @@ def embed_latents(
     params: Params,
     config: UMMConfig,
     tokens: Float[Array, "B n v"],
-    ids: Int[Array, "n"],
+    ids: Int[Array, " n"],
     t: Float[Array, "*B"],
 ) -> Float[Array, "B n D"]:
     """Latent tokens in the decoder's width, float32, with the position of their cells in the grid
@@ -194,7 +194,7 @@ def latent_segment(
     tokens: Float[Array, "B n v"],
     rows: int,
     columns: int,
-    t: Float[Array, "B"] | None = None,
+    t: Float[Array, " B"] | None = None,
 ) -> Segment:
     """A picture as VAE tokens between its markers.
 

@@ -68,7 +68,7 @@ def predict(
     tokenizer: Tokenizer,
     contexts: Sequence[Cache],
     x: Float[Array, "B n v"],
-    t: Float[Array, "B"],
+    t: Float[Array, " B"],
     rows: int,
     columns: int,
 ) -> Float[Array, "B n v"]:

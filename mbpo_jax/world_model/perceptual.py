@@ -9,7 +9,7 @@ from mbpo_jax.shapes import Array, Float
 
 
 @functools.cache
-def lpips() -> Callable[[Array, Array], Float[Array, "B"]] | None:
+def lpips() -> Callable[[Array, Array], Float[Array, " B"]] | None:
     """LPIPS (AlexNet; Zhang et al., arXiv 1801.03924) of two batches of images [B, H, W, 3] in
     [-1, 1], H and W at least 32; None where the `metrics` extra is not installed."""
     try:

@@ -86,9 +86,6 @@ def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
     have room here, and beside the furniture where an "on" or a drawer wants the object."""
     hand = scene.hand
     for attempt in range(ATTEMPTS):
-        if attempt:  # what still hangs in the fingers falls before it is looked at again
-            above = scene.points(name)[:, 2].max() + 0.10
-            yield from retreat(hand, UP, above - hand.position[2], rotation, OPEN)
         height = scene.position(name)[2]
         obstacles = scene.obstacles(name)
         crowd = obstacles
@@ -109,6 +106,9 @@ def pick(scene: Scene, name: str, goal: tuple[str, ...] = ()) -> Actions:
         yield from retreat(hand, UP, low + 0.04 - hand.position[2], rotation, CLOSED)
         if scene.position(name)[2] > height + _HELD:
             return
+        # What still hangs in the fingers falls before it is looked at again.
+        above = scene.points(name)[:, 2].max() + 0.10
+        yield from retreat(hand, UP, above - hand.position[2], rotation, OPEN)
 
 
 def place(scene: Scene, goal: tuple[str, ...]) -> Actions:

@@ -195,13 +195,14 @@ def test_error_measures_against_their_definitions():
     kernel = np.einsum("sax,xby->saby", step, step).reshape(4, 4, 4)
     law, worst, worst_pi = np.asarray(problem.initial), 0.0, 0.0
     for _ in range(problems.TIMES):
+        worst_u = np.zeros(2)
         for u in range(4):
             weight = law * data[:, u]
             first, second = u // 2, u % 2
             per_step = np.zeros((2,))
             per_step[0] = weight @ tv[:, first]
             per_step[1] = weight @ step[:, first] @ tv[:, second]
-            worst_u = per_step if u == 0 else worst_u + per_step
+            worst_u += per_step
         worst = max(worst, worst_u.max())
         worst_pi = max(worst_pi, law @ (0.5 * np.abs(data - policy).sum(-1)))
         law = law @ np.einsum("su,sux->sx", data, kernel)
