@@ -3,10 +3,10 @@
 Variants, chosen as `--config=configs/libero_long.py:NAME`:
 
     tiny    2 CPU cores, some minutes. One of everything, untrained: for tests of the machinery.
-    micro   2 CPU cores, 24 GiB, three quarters of an hour. Task 5, everything from scratch; with
-            seeds 0 to 2 the policy solved 465 of 600 resets before policy optimisation, 527 after
-            it, 530 after the same updates on chunks at random, and 575 before any if it acts
-            without noise (docs/results.md).
+    micro   2 CPU cores, 24 GiB, three quarters of an hour. Task 5, everything from scratch, from
+            demonstrations that all miss to the same side; with seeds 0 to 2 the policy solved
+            269 of 600 resets before policy optimisation, 397 after it, and 304 after the same
+            updates on chunks at random (docs/results.md).
     mini    2 CPU cores, 24 GiB, at most three hours. `micro` on four tasks (0, 1, 2, 5), with one
             policy and one world model for all of them. Never run as a whole: after its 4000 steps
             of fine-tuning 1 of 22 rollouts succeeded, so it needs more of them.
@@ -51,6 +51,8 @@ def get_config(
     config = _paper(suite, robot)
     if variant in ("tiny", "micro", "mini"):
         _make_micro(config)
+    if variant == "micro" and suite == "libero_10":
+        _give_a_habit(config)
     if variant == "tiny":
         _make_tiny(config)
     if variant == "mini":
@@ -301,6 +303,16 @@ def _make_micro(c: ml_collections.ConfigDict) -> None:
     c.rl.clip_ratio = 0.2
     c.rl.dual_clip = 3.0
     c.rl.anchor_weight = 5.0
+
+
+def _give_a_habit(c: ml_collections.ConfigDict) -> None:
+    """What more imitation does not mend: every demonstration misses to the same side.
+
+    The scripted expert does task 5 so in about 28 of 100 attempts; only successes are kept.
+    """
+    c.demonstrations.episodes_per_task = 128
+    c.demonstrations.aim_error = 0.015
+    c.demonstrations.aim_offset = (0.0, 0.03)
 
 
 def _make_tiny(c: ml_collections.ConfigDict) -> None:
