@@ -7,9 +7,9 @@ Variants, chosen as `--config=configs/libero_long.py:NAME`:
             demonstrations that all miss to the same side; with seeds 0 to 2 the policy solved
             269 of 600 resets before policy optimisation, 397 after it, and 304 after the same
             updates on chunks at random (docs/results.md).
-    mini    2 CPU cores, 24 GiB, at most three hours. `micro` on four tasks (0, 1, 2, 5), with one
-            policy and one world model for all of them. Never run as a whole: after its 4000 steps
-            of fine-tuning 1 of 22 rollouts succeeded, so it needs more of them.
+    mini    2 CPU cores, 24 GiB, at most three hours. `micro` without that habit, on four tasks (0,
+            1, 2, 5), with one policy and one world model for all of them. Never run as a whole:
+            after its 4000 steps of fine-tuning 1 of 22 rollouts succeeded, so it needs more.
     small   one GPU, some hours. All ten tasks from scratch; never run as a whole.
     paper   8 x H100, some hours by the bounds of `experiments.plan`; never run. Public π0.5 and
             BAGEL checkpoints by path (`--config.pretrained.policy=DIR

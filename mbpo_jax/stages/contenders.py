@@ -34,9 +34,8 @@ class Contender:
     answer_params: Params
 
 
-Strips = dict[
-    str, np.ndarray
-]  # camera -> uint8 [strips, n + 1, H, W, 3], a start and what followed
+# Camera -> uint8 [strips, n + 1, H, W, 3], a start and what followed.
+Strips = dict[str, np.ndarray]
 
 
 class Study:
