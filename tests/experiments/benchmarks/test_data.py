@@ -10,13 +10,10 @@ from experiments.benchmarks import data
 
 def small_config():
     config = libero_long.get_config("micro")
-    config.image_size = 32
     for part in ("vision", "language", "expert"):
         config.policy[part].depth = 1
-    config.policy.vision.image_size = 32
     model = config.world_model.model
     model.mot.num_layers = model.vit.num_layers = 1
-    model.vae_image_size = model.vit_image_size = 32
     config.sft.batch_size = 2
     config.world_model.update({"dynamics_batch_size": 3, "reward_batch_size": 4})
     return config
