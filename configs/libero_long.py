@@ -340,7 +340,7 @@ def _make_tiny(c: ml_collections.ConfigDict) -> None:
     c.rl.update({"critic_warmup": 1, "checkpoint_every": 2})
     c.evaluation.update({"episodes_per_task": 2, "video_size": 64, "best_of": 2})
     c.selection.resets_per_task = 2
-    c.siblings.update({"start_states": 2, "group_size": 3})
+    c.siblings.update({"start_states": 2, "group_size": 2})
 
 
 def _make_mini(c: ml_collections.ConfigDict) -> None:

@@ -61,7 +61,7 @@ def test_latents_of_a_moving_square():
     world = make_world(train_timestep_shift=4.0, targets_per_example=2, proprio_dim=2)
     rng = np.random.default_rng(0)
     data, held_out = moving_squares(rng, 512), moving_squares(rng, 128)
-    fresh = {**jax.jit(world.init)(jax.random.key(0)), "statistics": world.measured(data)}
+    fresh = {**world.init(jax.random.key(0)), "statistics": world.measured(data)}
     trained = trained_on(world, fresh, data, rng)
     losses = jax.jit(lambda params: world.dynamics_loss(params, held_out, KEY)[1])
     before, after = losses(fresh), losses(trained)
@@ -75,7 +75,7 @@ def test_composed_pixels_of_a_moving_square():
     world = make_composed_world(proprio_dim=2)
     rng = np.random.default_rng(0)
     data = moving_squares(rng, 512)
-    fresh = {**jax.jit(world.init)(jax.random.key(0)), "statistics": world.measured(data)}
+    fresh = {**world.init(jax.random.key(0)), "statistics": world.measured(data)}
     trained = trained_on(world, fresh, data, rng)
     held_out = moving_squares(rng, 128)
     imagined = metrics.imagine_chunk(world, trained, held_out, KEY)
@@ -86,7 +86,7 @@ def test_composed_pixels_of_a_moving_square():
 
 def test_reward_learns_a_bright_frame(world):
     rng = np.random.default_rng(0)
-    fresh = jax.jit(world.init)(jax.random.key(0))
+    fresh = world.init(jax.random.key(0))
     label = (np.arange(64) % 2).astype(np.float32)
     observation = make_observation(batch=(64,))
     images = {**observation.images}
