@@ -101,8 +101,9 @@ def main(config, options) -> str:
         StageError: for anything the user can mend.
     """
     from mbpo_jax import pipeline  # after the flags, so that --help is instant
-    from mbpo_jax.stages.import_demonstrations import Import, import_demonstrations, survey
+    from mbpo_jax.stages.import_demonstrations import import_demonstrations
     from mbpo_jax.stages.limits import check_config
+    from mbpo_jax.stages.read_source import Import, survey
     from mbpo_jax.stages.workspace import StageError, Workspace
 
     check_config(config)

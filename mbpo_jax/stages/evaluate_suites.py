@@ -12,13 +12,8 @@ from mbpo_jax.envs.workers.pool import PoolAct
 from mbpo_jax.files import write_json
 from mbpo_jax.stages.build import Config
 from mbpo_jax.stages.collect import make_pool
-from mbpo_jax.stages.evaluate import (
-    requests_of,
-    run_requests,
-    start_of,
-    summarize,
-)
-from mbpo_jax.stages.statistics import newcombe_interval
+from mbpo_jax.stages.evaluate import requests_of, run_requests, start_of, summarize
+from mbpo_jax.stages.perturbed import comparisons, drop_of, label
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.metrics import continue_records, read_metrics
 
@@ -36,24 +31,6 @@ _VIDEO_SIZE = 256
 SECTIONS = ("policy", "suite", "cameras", "image_size", "chunk", "max_steps", "until_end", "seed")
 
 ActorOf = Callable[[str, Sequence[int]], PoolAct]  # (suite, its tasks) -> what acts on them
-
-
-def label(suite: str) -> str:
-    """The name of a suite, that of its folder where it is given by files."""
-    return Path(suite).name
-
-
-def counterpart(suite: str, task: int, against: str) -> int | None:
-    """The task of the suite `against` that a task is a perturbation of: the one of the same name,
-    else of the name that its own begins with, or of the same instruction; None if there is none."""
-    info = suites.task_info(suite, task)
-    originals = [suites.task_info(against, i) for i in range(suites.num_tasks(against))]
-    rules = (
-        lambda own: own.name == info.name,
-        lambda own: info.name.startswith(f"{own.name}_"),
-        lambda own: own.instruction.lower() == info.instruction.lower(),
-    )
-    return next((i for rule in rules for i, own in enumerate(originals) if rule(own)), None)
 
 
 def evaluate_suites(
@@ -78,7 +55,7 @@ def evaluate_suites(
         WorkerError: as `EnvPool`.
     """
     wanted = {suite: list(tasks) for suite, tasks in wanted.items()}
-    pairs = _pairs(wanted, against)
+    pairs = comparisons(wanted, against)
     if len({label(suite) for suite in wanted}) < len(wanted):
         raise ValueError(f"two suites have the same name: {', '.join(wanted)}")
     configs = {suite: _suite_config(config, suite, tasks) for suite, tasks in wanted.items()}
@@ -90,31 +67,9 @@ def evaluate_suites(
         found[suite] = _result(own, episodes)
         for perturbed, (base, originals) in pairs.items():
             if {perturbed, base} <= found.keys():
-                found[perturbed]["drop"] = _drop(found[perturbed], found[base], originals)
+                found[perturbed]["drop"] = drop_of(found[perturbed], found[base], originals)
         results = _write(root, config, found)
     return results
-
-
-def _pairs(wanted: dict[str, list[int]], against: str | None) -> dict[str, tuple[str, list[int]]]:
-    """Suite -> the suite that it is compared with and the tasks there. Adds those of `against` to
-    `wanted`; without it a suite is compared with its own unperturbed one if that is wanted too."""
-    pairs = {}
-    for suite, tasks in [*wanted.items()]:
-        base = against or libero_suites.unperturbed(suite)
-        if base == suite or not (against or base in wanted):
-            continue
-        originals = {task: counterpart(suite, task, base) for task in tasks}
-        if against:
-            if None in originals.values():
-                task = next(t for t, original in originals.items() if original is None)
-                raise ValueError(
-                    f"task {task} of {label(suite)} ({suites.task_info(suite, task).name}) is no "
-                    f"perturbation of a task of {against}: compare it with another suite"
-                )
-            wanted[base] = sorted({*wanted.get(base, ()), *originals.values()})
-        if {*originals.values()} <= {*wanted[base]}:
-            pairs[suite] = base, sorted({*originals.values()})
-    return pairs
 
 
 def _suite_config(config: Config, suite: str, tasks: Sequence[int]) -> Config:
@@ -189,26 +144,6 @@ def _result(config: Config, episodes: list[dict]) -> dict:
         "max_steps": config.max_steps,
         "summary": summary,
         "episodes": episodes,
-    }
-
-
-def _drop(perturbed: dict, base: dict, originals: Sequence[int]) -> dict:
-    """How much lower success is than on the tasks `originals` of `base`, with the 95 % interval."""
-    before = [e["success"] for e in base["episodes"] if e["task"] in originals]
-    counts = (
-        (sum(before), len(before)),
-        (
-            perturbed["summary"]["successes"],
-            perturbed["summary"]["episodes"],
-        ),
-    )
-    rates = [successes / trials for successes, trials in counts]
-    return {
-        "against": label(base["suite"]),
-        "episodes": len(before),
-        "success_rate": rates[0],
-        "drop": rates[0] - rates[1],
-        "interval": list(newcombe_interval(*counts)),
     }
 
 

@@ -14,7 +14,7 @@ from configs import libero_long
 from experiments.import_data import main
 from mbpo_jax import pipeline
 from mbpo_jax.data.episodes import read_episodes
-from mbpo_jax.stages import import_demonstrations
+from mbpo_jax.stages import import_demonstrations, read_source
 from mbpo_jax.stages.workspace import StageError
 from tests.recordings import Truth, write_lerobot, write_libero_hdf5
 
@@ -79,7 +79,7 @@ def test_never_overwrites(tmp_path, config):
 def test_a_stopped_import_continues(tmp_path, config, monkeypatch):
     source = write_lerobot(tmp_path / "set", truths())
     run(config, source, tmp_path / "uninterrupted")
-    convert, converted = import_demonstrations.convert, []
+    convert, converted = read_source.convert, []
 
     def stop_at_the_third(name, *arguments):
         converted.append(name)
@@ -87,7 +87,7 @@ def test_a_stopped_import_continues(tmp_path, config, monkeypatch):
             raise KeyboardInterrupt
         return convert(name, *arguments)
 
-    monkeypatch.setattr(import_demonstrations, "convert", stop_at_the_third)
+    monkeypatch.setattr(read_source, "convert", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(config, source, tmp_path / "run")
     (unfinished,) = (tmp_path / "run").iterdir()
@@ -339,7 +339,7 @@ def test_only_the_tasks_of_the_config(tmp_path, config):
 
 
 def test_not_a_dataset(tmp_path, config):
-    for format in import_demonstrations.FORMATS:
+    for format in read_source.FORMATS:
         with pytest.raises(StageError, match=r"is not an? .*dataset"):
             run(config, tmp_path, tmp_path / "run", format)
         with pytest.raises(StageError, match="there is nothing at"):

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import optax
-import pytest
 
 from mbpo_jax.types import RewardExample, Transition
 from mbpo_jax.world_model import metrics
