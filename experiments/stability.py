@@ -2,7 +2,8 @@
 section at a third and at three times its value (arXiv 2603.20607, table 5).
 
     python -m experiments.stability
-    python -m experiments.stability --tasks=5,2 --entries=actor_lr,flow.noise_std --workdir=DIR
+    python -m experiments.stability --tasks=5,2 --entries=ranked.steps,ranked.kept --workdir=DIR
+    python -m experiments.stability --config.rl.method=ppo --entries=actor_lr,flow.noise_std
     python -m experiments.stability --config=configs/libero_goal.py:micro --tasks=0,2
 
 Per task, demonstrations, fine-tuned policy, rollouts, world model and value are made once; then
@@ -25,39 +26,55 @@ from experiments.branch_length import with_branches
 from experiments.libero_long import CONFIG_DIRECTORY, one_message, parse_flags
 from experiments.shared_stages import continued, optimize_each, require_simulator
 
-ENTRIES = (
-    "actor_lr",
-    "critic_lr",
-    "clip_ratio",
-    "anchor_weight",
-    "flow.noise_std",
-    "updates",
-    "branch_chunks",
-)
+ENTRIES = {  # of each rl.method
+    "ppo": (
+        "actor_lr",
+        "critic_lr",
+        "clip_ratio",
+        "anchor_weight",
+        "flow.noise_std",
+        "updates",
+        "branch_chunks",
+    ),
+    "ranked": (
+        "ranked.learning_rate",
+        "ranked.matrix_learning_rate",
+        "ranked.steps",
+        "ranked.start_states",
+        "ranked.kept",
+        "ranked.chunks",
+    ),
+}
 FACTORS = {"third": 1 / 3, "triple": 3.0}
 SHARED = "shared"
 
 
 def entries_of(config: ml_collections.ConfigDict, names: Sequence[str]) -> list[str]:
-    """The named entries of `config.rl`; of the default ones those that are not 0.
+    """The named entries of `config.rl`; by default those of `ENTRIES` that are not 0.
 
     Raises:
-        ValueError: an entry that is not there, is no number or is 0, and so has no multiples.
+        ValueError: an entry that is not there, is no number, is 0 and so has no multiples, or is
+            read by another `rl.method` alone.
     """
+    own = ENTRIES[config.rl.method]
+    others = {name for entries in ENTRIES.values() for name in entries} - {*own}
     found = []
-    for name in names or ENTRIES:
+    for name in names or own:
         value = config.rl.to_dict()
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and value:
+        if name in others:
+            problem = f"rl.method={config.rl.method!r} does not read it"
+        elif not number:
+            problem = "rl has no such number"
+        elif not value:
+            problem = "it is 0, as are its multiples"
+        else:
             found.append(name)
-        elif names:
-            raise ValueError(
-                f"--entries holds {name!r}: "
-                + ("rl has no such number" if not number else "it is 0, as are its multiples")
-                + f"; the main ones are {', '.join(ENTRIES)}"
-            )
+            continue
+        if names:
+            raise ValueError(f"--entries holds {name!r}: {problem}; there are {', '.join(own)}")
     return found
 
 
@@ -75,7 +92,7 @@ def scaled(
     for part in entry.split("."):
         value = value[part]
     value = max(1, round(value * factor)) if isinstance(value, int) else value * factor
-    if entry == "branch_chunks":
+    if entry in ("branch_chunks", "ranked.chunks"):
         own = with_branches(config, str(min(value, config.max_steps // config.chunk)))
     else:
         own = ml_collections.ConfigDict(config.to_dict())
@@ -106,9 +123,8 @@ def run(
 
     resets = config.evaluation.resets_per_task > 0
     kind = "resets" if resets else "policies"
-    rl = config.rl.to_dict() | {"method": "ppo"}
     configs = {
-        task: ml_collections.ConfigDict(config.to_dict() | {"tasks": (task,), "rl": rl}).lock()
+        task: ml_collections.ConfigDict(config.to_dict() | {"tasks": (task,)}).lock()
         for task in tasks
     }
     wanted = {task: variants(own, entries) for task, own in configs.items()}
@@ -241,7 +257,7 @@ def main() -> None:
         workdir = flags.DEFINE_string("workdir", "runs/stability", "where all is written")
         tasks = flags.DEFINE_list("tasks", ["5", "2"], "tasks of the suite, each a run of its own")
         entries = flags.DEFINE_list(
-            "entries", [], f"entries of rl; by default those of {', '.join(ENTRIES)} that are not 0"
+            "entries", [], "entries of rl; by default the main ones of rl.method that are not 0"
         )
     app.run(
         lambda _: measure(config.value, Path(workdir.value), tasks.value, entries.value),

@@ -20,6 +20,26 @@ def test_entries_that_are_zero_have_no_multiples():
             stability.entries_of(config, [name])
 
 
+def test_the_entries_are_those_of_the_method():
+    config = get_config("micro").unlock()
+    assert stability.entries_of(config, []) == [*stability.ENTRIES["ranked"]]
+    with pytest.raises(ValueError, match="actor_lr"):
+        stability.entries_of(config, ["ranked.steps", "actor_lr"])
+    config.rl.method = "ppo"
+    assert stability.entries_of(config, ["actor_lr"]) == ["actor_lr"]
+    with pytest.raises(ValueError, match=r"ranked\.steps"):
+        stability.entries_of(config, ["ranked.steps"])
+
+
+def test_longer_ranked_branches_begin_in_fewer_states():
+    config = get_config("micro")
+    changed = stability.variants(config, ["ranked.chunks", "ranked.kept"])
+    ranked = changed["ranked.chunks_triple"].rl.ranked
+    assert (ranked.chunks, ranked.start_states) == (3, 640)
+    assert changed["ranked.kept_triple"].rl.ranked.kept == 6
+    assert changed["ranked.kept_third"].rl.ranked.kept == 1
+
+
 def test_only_the_entry_changes():
     config = get_config("micro")
     changed = stability.variants(config, ["flow.noise_std", "updates"])
@@ -69,7 +89,7 @@ def test_where_the_shared_set_fails_is_a_row():
     assert "data:image/png" in html
 
 
-@pytest.mark.parametrize("wrong", ["--entries=actor_lr,none", "--tasks=5,5"])
+@pytest.mark.parametrize("wrong", ["--entries=ranked.steps,none", "--tasks=5,5"])
 def test_what_cannot_be_run_is_one_message(wrong, tmp_path):
     command = [sys.executable, "-m", "experiments.stability", wrong, f"--workdir={tmp_path}/x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
