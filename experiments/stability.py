@@ -273,8 +273,11 @@ def measure(
     Raises:
         SystemExit: with one message, for what the user can mend.
     """
+    from mbpo_jax.stages.limits import check_config
+
     with continued(root):
         require_simulator(config)
+        check_config(config)
         entries = entries_of(config, names)
         if len(set(tasks)) < len(tasks) or not all(task.isdecimal() for task in tasks):
             raise ValueError(f"--tasks={','.join(tasks)}: give numbers of tasks, each once")

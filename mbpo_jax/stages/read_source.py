@@ -167,7 +167,11 @@ def _read_entry(
 
 
 def judge(facts: list[Facts], config: Config, job: Import) -> str:
-    """What there is to tell of all episodes; raises StageError as `import_demonstrations`."""
+    """What there is to tell of all episodes.
+
+    Raises:
+        StageError: as `survey`.
+    """
     text, problems = summary.summarize(facts), summary.report_problems(facts)
     budgets = observation_builder(config).prompt_problems
     for warning in summary.warnings(facts, robot(config), budgets):
@@ -193,4 +197,5 @@ def wanted_tasks(config: Config) -> dict[str, int] | None:
 
 
 def plain(instruction: str) -> str:
+    """An instruction as it is compared: lower case, single spaces."""
     return " ".join(instruction.lower().split())

@@ -89,7 +89,9 @@ def test_where_the_shared_set_fails_is_a_row():
     assert "data:image/png" in html
 
 
-@pytest.mark.parametrize("wrong", ["--entries=ranked.steps,none", "--tasks=5,5"])
+@pytest.mark.parametrize(
+    "wrong", ["--entries=ranked.steps,none", "--tasks=5,5", "--config.rl.method=ranked,dqn"]
+)
 def test_what_cannot_be_run_is_one_message(wrong, tmp_path):
     command = [sys.executable, "-m", "experiments.stability", wrong, f"--workdir={tmp_path}/x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
