@@ -195,18 +195,16 @@ def _simulator(config: Config) -> Iterator[str]:
 
 def _branches(config: Config) -> Iterator[str]:
     rl = config.rl
-    if rl.method == "ranked":
-        if not rl.ranked.kept < rl.group_size:
-            yield (
-                f"rl.ranked.kept is {rl.ranked.kept}: fewer than the {rl.group_size} chunks of a "
-                "group (rl.group_size)"
-            )
-        if config.get("evaluation", {}).get("checkpoint") == "best":
-            yield (
-                "evaluation.checkpoint is 'best', the state of the highest imagined success: only "
-                "rl.method='ppo' keeps that"
-            )
-        return
+    if rl.method == "ranked" and not rl.ranked.kept < rl.group_size:
+        yield (
+            f"rl.ranked.kept is {rl.ranked.kept}: fewer than the {rl.group_size} chunks of a group "
+            "(rl.group_size)"
+        )
+    if rl.method == "ranked" and config.get("evaluation", {}).get("checkpoint") == "best":
+        yield (
+            "evaluation.checkpoint is 'best', the state of the highest imagined success: only "
+            "rl.method='ppo' keeps that"
+        )
     if 0 < rl.dual_clip <= 1:
         yield f"rl.dual_clip is {rl.dual_clip}: 0, or above 1"
     for size in ("imagination_batch", "group_size"):

@@ -35,6 +35,8 @@ WRONG = {
     "rl.discount": (-0.1, 1.0, math.nan),
     "rl.gae_lambda": (1.1,),
     "rl.reward_threshold": (1.0,),
+    "rl.start_states": (3,),
+    "rl.dual_clip": (0.5,),
     "rl.world": ("real",),
     "rl.discount_per": ("day",),
     "rl.flow.steps": (1,),
@@ -59,16 +61,6 @@ def test_a_wrong_entry_is_named(name):
         with pytest.raises(ValueError, match="config") as error:
             check_config(config)
         assert entry in str(error.value)
-
-
-@pytest.mark.parametrize(("entry", "value"), [("start_states", 3), ("dual_clip", 0.5)])
-def test_what_ppo_alone_reads_is_checked_for_it_alone(entry, value):
-    config = libero_long.get_config("tiny")
-    config.rl[entry] = value
-    check_config(config)  # it ranks
-    config.rl.method = "ppo"
-    with pytest.raises(ValueError, match=rf"rl\.{entry} is {value}"):
-        check_config(config)
 
 
 def test_what_ranking_cannot_do_is_refused():
