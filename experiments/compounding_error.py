@@ -23,7 +23,7 @@ from tqdm import tqdm
 from configs import compounding_error as default_config
 from experiments.libero_long import one_message, parse_flags
 from experiments.theory import bounds, families, paragraphs, report, studies
-from mbpo_jax.stages.limits import (
+from mbpo_jax.stages.entries import (
     BELOW_ONE,
     COUNT_OR_NONE,
     POSITIVE,

@@ -102,8 +102,9 @@ def main(config, options) -> str:
     """
     from mbpo_jax import pipeline  # after the flags, so that --help is instant
     from mbpo_jax.stages.import_demonstrations import import_demonstrations
+    from mbpo_jax.stages.import_source import Import
     from mbpo_jax.stages.limits import check_config
-    from mbpo_jax.stages.read_source import Import, survey
+    from mbpo_jax.stages.read_source import survey
     from mbpo_jax.stages.workspace import StageError, Workspace
 
     check_config(config)

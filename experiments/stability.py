@@ -118,7 +118,7 @@ def run(
 ) -> dict:
     """All runs: task -> name of a run (`variants`) -> "sft" and "improved" (`success_rate`), and
     "against_shared", the paired comparison with the shared values."""
-    from mbpo_jax.stages.evaluate import paired_comparison
+    from mbpo_jax.stages.statistics import paired_comparison
     from mbpo_jax.training.metrics import read_metrics
 
     resets = config.evaluation.resets_per_task > 0

@@ -11,7 +11,8 @@ import ml_collections
 from experiments.branch_length import with_branches
 from experiments.compare import DESCRIPTIONS, idql, imitation, online, penalties, recap, reinbot
 from experiments.shared_stages import SHARED_STAGES
-from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
+from mbpo_jax.stages.acting import Act, load_selection
+from mbpo_jax.stages.build import Config, load_policy
 from mbpo_jax.stages.improve_policy import improve_policy
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.types import Params

@@ -10,8 +10,8 @@ from mbpo_jax.data.episodes import read_episodes
 from mbpo_jax.data.pipelines import branch_starts, demonstrations
 from mbpo_jax.envs.simulated_world import SimulatedWorld
 from mbpo_jax.stages.build import Config, checkpoint_origin, observation_builder
-from mbpo_jax.stages.collect import make_pool
 from mbpo_jax.stages.optimize_policy import optimize_policy
+from mbpo_jax.stages.simulation import make_pool
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.checkpoints import save_params
 from mbpo_jax.training.metrics import read_metrics

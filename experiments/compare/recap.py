@@ -17,7 +17,8 @@ from mbpo_jax.data.pipelines import Source, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.policy import critic
 from mbpo_jax.seeds import stream
-from mbpo_jax.stages.build import Act, Config, load_policy, observation_builder
+from mbpo_jax.stages.acting import Act
+from mbpo_jax.stages.build import Config, load_policy, observation_builder
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.types import Array, Demonstration, Params
 

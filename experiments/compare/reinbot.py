@@ -23,13 +23,8 @@ from mbpo_jax.data.pipelines import demonstrations
 from mbpo_jax.episode import Episode
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
-from mbpo_jax.stages.build import (
-    Act,
-    Config,
-    abstract_params,
-    load_policy,
-    observation_builder,
-)
+from mbpo_jax.stages.acting import Act
+from mbpo_jax.stages.build import Config, abstract_params, load_policy, observation_builder
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.checkpoints import load_params, save_params
 from mbpo_jax.types import Array, Observation, Params

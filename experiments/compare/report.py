@@ -11,8 +11,7 @@ from experiments.compare.methods import Method
 from mbpo_jax.reporting.figures import COLORS, plt
 from mbpo_jax.reporting.page import Section, Table, png, render
 from mbpo_jax.stages.build import Config
-from mbpo_jax.stages.evaluate import paired_comparison
-from mbpo_jax.stages.statistics import mcnemar_exact, wilson_interval
+from mbpo_jax.stages.statistics import mcnemar_exact, paired_comparison, wilson_interval
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.metrics import read_metrics
 

@@ -15,8 +15,8 @@ from experiments.compare.methods import METHODS, Method, check_budgets
 from experiments.shared_stages import require_simulator
 from mbpo_jax import pipeline
 from mbpo_jax.stages.build import Config
-from mbpo_jax.stages.collect import make_pool
 from mbpo_jax.stages.evaluate import requests_of, run_actors
+from mbpo_jax.stages.simulation import make_pool
 from mbpo_jax.stages.workspace import Workspace
 
 

@@ -10,7 +10,7 @@ from mbpo_jax.envs.requests import Query
 from mbpo_jax.envs.sim import libero
 from mbpo_jax.envs.workers.pool import PoolAct
 from mbpo_jax.serving.inference import INSTRUCTION, OPENPI_IMAGES, STATE
-from mbpo_jax.stages.collect import episode_number
+from mbpo_jax.stages.simulation import episode_number
 
 # openpi's own evaluation on LIBERO, for a server that says nothing of its policy.
 _IMAGE_SIZE, _STEPS = 224, 5

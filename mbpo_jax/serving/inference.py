@@ -17,13 +17,11 @@ from mbpo_jax.data.tokenizers import pad_prompt
 from mbpo_jax.policy.checkpoint import load_openpi as load_openpi_params
 from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.policy.pi0 import FlowPolicy
+from mbpo_jax.stages.acting import Act, acting_program, load_selection
 from mbpo_jax.stages.build import (
-    Act,
     Config,
-    acting_program,
     build_policy,
     load_policy,
-    load_selection,
     policy_tokenizer,
     robot,
     world_tokenizer,

@@ -1,25 +1,20 @@
 """Stages `demonstrations` and `rollouts`: episodes from the simulator into a dataset."""
 
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from mbpo_jax import seeds
 from mbpo_jax.data.episodes import dataset_facts, write_episodes
-from mbpo_jax.data.pipelines import collate
 from mbpo_jax.data.spool import EpisodeSpool
-from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult, Query
-from mbpo_jax.envs.suites import task_info
-from mbpo_jax.envs.workers.pool import EnvPool, PoolAct
+from mbpo_jax.envs.requests import EpisodeRequest
+from mbpo_jax.envs.workers.pool import EnvPool
 from mbpo_jax.episode import Episode
-from mbpo_jax.policy.config import FlowConfig
-from mbpo_jax.policy.pi0 import FlowPolicy
-from mbpo_jax.stages.build import Act, Config, acting_program, load_policy, observation_builder
+from mbpo_jax.stages.acting import exploring
+from mbpo_jax.stages.build import Config, load_policy
+from mbpo_jax.stages.simulation import batched_act, make_pool, progress
 from mbpo_jax.stages.workspace import StageError, Workspace
-from mbpo_jax.types import Array, Observation, Params
 
 MAX_ATTEMPTS_PER_DEMONSTRATION = 8
 
@@ -134,68 +129,6 @@ def collect_rollouts(workspace: Workspace, directory: Path) -> dict:
         "successes": sum(e.success for e in episodes),
         "worker_restarts": restarts,
     }
-
-
-def exploring(policy: FlowPolicy, noise_std: float) -> Act:
-    """`policy.act`, or with a `noise_std` its chunks with smooth noise (`policy.flow`)."""
-    if not noise_std:
-        return policy.act
-    steps = policy.config.eval_steps
-    explorer = policy.with_flow(FlowConfig(method="smooth", steps=steps, noise_std=noise_std))
-
-    def act(params: Params, observation: Observation, key: Array) -> Array:
-        prefix = explorer.encode(params, observation)
-        return explorer.sample(params, prefix, key).actions
-
-    return act
-
-
-def make_pool(config: Config) -> EnvPool:
-    """The simulator workers of a config; a suite or task that does not exist is a ValueError."""
-    for task in config.tasks:
-        task_info(config.suite, task)
-    return EnvPool(
-        config.suite,
-        num_workers=config.workers,
-        cameras=tuple(config.cameras),
-        image_size=config.image_size,
-        chunk=config.chunk,
-        backend=config.worker_backend,
-    )
-
-
-def batched_act(config: Config, act: Act, params: Params) -> PoolAct:
-    """An acting function, such as `FlowPolicy.act`, for the pool. A query's noise depends on its
-    episode and chunk alone, so that an episode comes out the same however queries are batched."""
-    builder = observation_builder(config)
-    instructions = {t: task_info(config.suite, t).instruction for t in config.tasks}
-    program = acting_program(act, config.seed)
-
-    def act_on(queries: list[Query]) -> np.ndarray:
-        padded = queries + [queries[0]] * (config.workers - len(queries))
-        observations = collate(
-            [builder(q.images, q.proprio, instructions[q.request.task_id]) for q in padded]
-        )
-        identities = np.array([(episode_number(q.request), q.chunk_index) for q in padded])
-        return np.asarray(program(params, observations, identities))[: len(queries)]
-
-    return act_on
-
-
-def progress(results: Iterable[EpisodeResult], name: str, total: int) -> Iterable[EpisodeResult]:
-    """The results as they come, under a progress bar with the running success rate."""
-    successes = 0
-    with tqdm(total=total, desc=name, unit="ep") as bar:
-        for result in results:
-            successes += result.episode.success
-            bar.update()
-            bar.set_postfix(success=f"{successes}/{bar.n}")
-            yield result
-
-
-def episode_number(request: EpisodeRequest) -> int:
-    """A number that differs between the episodes of a task, random resets and fixed states."""
-    return request.seed if request.seed >= 0 else 2**30 + request.init_state_id
 
 
 def _name(request: EpisodeRequest) -> str:

@@ -5,16 +5,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from mbpo_jax import seeds
 from mbpo_jax.envs.requests import EpisodeRequest, EpisodeResult
 from mbpo_jax.envs.sim.recording import write_video
 from mbpo_jax.envs.suites import task_info
 from mbpo_jax.envs.workers.pool import EnvPool, PoolAct
-from mbpo_jax.stages.build import Act, Config, load_policy, load_selection
-from mbpo_jax.stages.collect import batched_act, make_pool, progress
-from mbpo_jax.stages.statistics import mcnemar_exact, success_rate
+from mbpo_jax.stages.acting import Act, load_selection
+from mbpo_jax.stages.build import Config, load_policy
+from mbpo_jax.stages.simulation import batched_act, make_pool, progress
+from mbpo_jax.stages.statistics import paired_comparison, start_of, summarize
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import best_state
 from mbpo_jax.training.metrics import continue_records, read_metrics
@@ -110,11 +109,6 @@ def requests_of(config: Config) -> list[EpisodeRequest]:
     return requests + reset_requests(config, config.evaluation.resets_per_task)
 
 
-def start_of(record: dict) -> tuple[int, int, int]:
-    """What an episode started from: its task, its fixed init state and its seed, -1 for none."""
-    return record["task"], record["init_state"], record.get("seed", -1)
-
-
 def run_requests(
     pool: EnvPool, act: PoolAct, requests: list[EpisodeRequest], path: Path, name: str
 ) -> Iterator[EpisodeResult]:
@@ -140,38 +134,6 @@ def run_requests(
             }
             file.write(json.dumps(record) + "\n")
             yield result
-
-
-def summarize(episodes: list[dict], tasks) -> dict:
-    """Success with its 95 % Wilson interval, overall and per task."""
-
-    def part(chosen):
-        solved = [e["length"] for e in chosen if e["success"]]
-        return success_rate(len(solved), len(chosen)) | {
-            "goal_fraction": float(np.mean([e["goal_fraction"] for e in chosen])),
-            "mean_length": float(np.mean([e["length"] for e in chosen])),
-            "mean_length_of_successes": float(np.mean(solved)) if solved else None,
-            "seconds_per_episode": float(np.mean([e["seconds"] for e in chosen])),
-        }
-
-    per_task = {str(t): part([e for e in episodes if e["task"] == t]) for t in tasks}
-    return part(episodes) | {"tasks": per_task}
-
-
-def paired_comparison(first: list[dict], second: list[dict]) -> dict:
-    """Exact McNemar test on the episodes that both policies started alike."""
-    outcome = {start_of(e): e["success"] for e in first}
-    pairs = [(outcome[key], e["success"]) for e in second if (key := start_of(e)) in outcome]
-    first_only = sum(a and not b for a, b in pairs)
-    second_only = sum(b and not a for a, b in pairs)
-    return {
-        "pairs": len(pairs),
-        "both": sum(a and b for a, b in pairs),
-        "first_only": first_only,
-        "second_only": second_only,
-        "neither": sum(not a and not b for a, b in pairs),
-        "p_value": mcnemar_exact(first_only, second_only),
-    }
 
 
 def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Path) -> dict:

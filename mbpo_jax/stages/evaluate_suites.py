@@ -11,9 +11,10 @@ from mbpo_jax.envs.sim.recording import write_video
 from mbpo_jax.envs.workers.pool import PoolAct
 from mbpo_jax.files import write_json
 from mbpo_jax.stages.build import Config
-from mbpo_jax.stages.collect import make_pool
-from mbpo_jax.stages.evaluate import requests_of, run_requests, start_of, summarize
+from mbpo_jax.stages.evaluate import requests_of, run_requests
 from mbpo_jax.stages.perturbed import comparisons, drop_of, label
+from mbpo_jax.stages.simulation import make_pool
+from mbpo_jax.stages.statistics import start_of, summarize
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.metrics import continue_records, read_metrics
 

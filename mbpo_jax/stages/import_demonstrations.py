@@ -14,10 +14,10 @@ from mbpo_jax.data.formats import summary
 from mbpo_jax.data.formats.conversion import Facts
 from mbpo_jax.data.spool import EpisodeSpool
 from mbpo_jax.episode import Episode
+from mbpo_jax.stages.import_source import Import
 from mbpo_jax.stages.read_source import (
     CONTACT_SHEET,
     SHEET_EPISODES,
-    Import,
     judge,
     plain,
     read_entries,

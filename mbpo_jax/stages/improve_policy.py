@@ -21,10 +21,10 @@ from mbpo_jax.stages.build import (
     checkpoint_origin,
     observation_builder,
 )
-from mbpo_jax.stages.collect import make_pool
 from mbpo_jax.stages.finetune_world_model import world_model_episodes
 from mbpo_jax.stages.optimize_policy import optimize_policy
 from mbpo_jax.stages.rank_chunks import finetune_on_best
+from mbpo_jax.stages.simulation import make_pool
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import load_params, save_params
 from mbpo_jax.training.metrics import read_metrics

@@ -1,45 +1,21 @@
 """What the entries of a config may be: checked before anything is run or written."""
 
 import math
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 from mbpo_jax import seeds
 from mbpo_jax.policy.config import Pi0Config
 from mbpo_jax.stages.build import Config, build_world_model, dataclass_from, robot
-from mbpo_jax.training.checkpoints import flat_entries
+from mbpo_jax.stages.entries import (
+    BELOW_ONE,
+    COUNT_OR_NONE,
+    POSITIVE,
+    SHARE,
+    Number,
+    check_entries,
+    refuse,
+)
 
-
-class Number(NamedTuple):
-    """The numbers from `low` to `high`; without `low` itself where `above`, without `high` where
-    `below`."""
-
-    low: float = 0.0
-    high: float = math.inf
-    above: bool = False
-    below: bool = False
-
-    def has(self, x: float) -> bool:
-        ends = (self.above and x == self.low) or (self.below and x == self.high)
-        return math.isfinite(x) and self.low <= x <= self.high and not ends
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.above else 'from'} {self.low:.10g}"
-        if self.high == math.inf:
-            return low
-        return f"{low} to {'below ' if self.below else ''}{self.high:.10g}"
-
-
-COUNT = Number(1, 10**9)  # of anything there must be one of
-COUNT_OR_NONE = Number(0, 10**9)
-POSITIVE = Number(above=True)
-SHARE = Number(high=1)
-BELOW_ONE = Number(high=1, below=True)
-
-# The first pattern that an entry matches holds. Whole numbers that match none are counts, other
-# numbers are finite.
 NUMBERS = {
     "robot.*": Number(-math.inf),  # `Embodiment` knows more
     "seed": Number(0, seeds.LARGEST_SEED),
@@ -108,41 +84,7 @@ def check_config(config: Config) -> None:
         ValueError: entries that no run can use; names each with its value and what it may be.
     """
     check_entries(config, NUMBERS, CHOICES)
-    _refuse(dict.fromkeys(_contradictions(config)))
-
-
-def check_entries(
-    config: Config,
-    numbers: Mapping[str, Number],
-    choices: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
-) -> None:
-    """The same for entries one by one, by patterns of their names as in `NUMBERS` and `CHOICES`."""
-    wrong = []
-    for name, value in flat_entries(config.to_dict()).items():
-        known = [values for pattern, values in choices.items() if fnmatchcase(name, pattern)]
-        if known and value not in known[0]:
-            wrong.append(f"{name} is {value!r}: one of {', '.join(known[0])}")
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if problem := _number_problem(name, part, numbers):
-                wrong.append(f"{name} is {value!r}: {problem}")
-    _refuse(dict.fromkeys(wrong))
-
-
-def _refuse(wrong: Iterable[str]) -> None:
-    lines = "".join(f"\n  {line}" for line in wrong)
-    if lines:
-        raise ValueError(f"the config cannot be used (--config.ENTRY=VALUE changes one):{lines}")
-
-
-def _number_problem(name: str, value: Any, numbers: Mapping[str, Number]) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"numbers {numbers[name]}" if name in numbers else None
-    default = COUNT if isinstance(value, int) else Number(-math.inf)
-    limits = next((r for p, r in numbers.items() if fnmatchcase(name, p)), default)
-    if limits.has(value):
-        return None
-    kind = "whole" if isinstance(value, int) else "finite"
-    return f"a {kind} number{'' if limits.low == -math.inf else f' {limits}'}"
+    refuse(dict.fromkeys(_contradictions(config)))
 
 
 def _contradictions(config: Config) -> Iterator[str]:

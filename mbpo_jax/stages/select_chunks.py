@@ -4,9 +4,10 @@ chunks, from the same random resets: what the world model and the value know."""
 from pathlib import Path
 
 from mbpo_jax.selection import CHOICES
-from mbpo_jax.stages.build import load_policy, load_selection
-from mbpo_jax.stages.collect import make_pool
+from mbpo_jax.stages.acting import load_selection
+from mbpo_jax.stages.build import load_policy
 from mbpo_jax.stages.evaluate import reset_requests, run_actors
+from mbpo_jax.stages.simulation import make_pool
 from mbpo_jax.stages.workspace import StageError, Workspace
 
 

@@ -20,6 +20,7 @@ from mbpo_jax.envs.simulated_world import SimulatedWorld
 from mbpo_jax.mbpo import chunk_discount
 from mbpo_jax.seeds import stream
 from mbpo_jax.selection import chunk_scores
+from mbpo_jax.stages.acting import exploring
 from mbpo_jax.stages.build import (
     Config,
     abstract_params,
@@ -27,7 +28,7 @@ from mbpo_jax.stages.build import (
     load_world_model,
     observation_builder,
 )
-from mbpo_jax.stages.collect import exploring, make_pool
+from mbpo_jax.stages.simulation import make_pool
 from mbpo_jax.stages.statistics import within_groups
 from mbpo_jax.stages.workspace import Workspace
 from mbpo_jax.training.checkpoints import load_params

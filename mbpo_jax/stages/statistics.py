@@ -1,4 +1,4 @@
-"""Honest numbers about success: intervals, paired tests, correlations."""
+"""Honest numbers about success: intervals, paired tests, correlations, and those of evaluations."""
 
 import math
 
@@ -14,14 +14,8 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes of {trials} trials is not a sample")
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    rate = successes / trials
-    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials)
-    half *= math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == trials else centre + half
-    return low, high
+    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def success_rate(successes: int, trials: int) -> dict:
@@ -90,4 +84,41 @@ def within_groups(x: np.ndarray, y: np.ndarray, size: int) -> dict:
     return {
         "correlation": float(correlation(parts.sum(-1))),
         "interval": [float(low), float(high)],
+    }
+
+
+def start_of(record: dict) -> tuple[int, int, int]:
+    """What an episode started from: its task, its fixed init state and its seed, -1 for none."""
+    return record["task"], record["init_state"], record.get("seed", -1)
+
+
+def summarize(episodes: list[dict], tasks) -> dict:
+    """Success with its 95 % Wilson interval, overall and per task."""
+
+    def part(chosen):
+        solved = [e["length"] for e in chosen if e["success"]]
+        return success_rate(len(solved), len(chosen)) | {
+            "goal_fraction": float(np.mean([e["goal_fraction"] for e in chosen])),
+            "mean_length": float(np.mean([e["length"] for e in chosen])),
+            "mean_length_of_successes": float(np.mean(solved)) if solved else None,
+            "seconds_per_episode": float(np.mean([e["seconds"] for e in chosen])),
+        }
+
+    per_task = {str(t): part([e for e in episodes if e["task"] == t]) for t in tasks}
+    return part(episodes) | {"tasks": per_task}
+
+
+def paired_comparison(first: list[dict], second: list[dict]) -> dict:
+    """Exact McNemar test on the episodes that both policies started alike."""
+    outcome = {start_of(e): e["success"] for e in first}
+    pairs = [(outcome[key], e["success"]) for e in second if (key := start_of(e)) in outcome]
+    first_only = sum(a and not b for a, b in pairs)
+    second_only = sum(b and not a for a, b in pairs)
+    return {
+        "pairs": len(pairs),
+        "both": sum(a and b for a, b in pairs),
+        "first_only": first_only,
+        "second_only": second_only,
+        "neither": sum(not a and not b for a, b in pairs),
+        "p_value": mcnemar_exact(first_only, second_only),
     }

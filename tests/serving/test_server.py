@@ -21,7 +21,7 @@ from mbpo_jax.serving.inference import load
 from mbpo_jax.serving.protocol import pack, unpack
 from mbpo_jax.serving.server import RateLimit, serving_in_thread
 from mbpo_jax.stages.build import load_policy
-from mbpo_jax.stages.collect import batched_act, make_pool
+from mbpo_jax.stages.simulation import batched_act, make_pool
 from mbpo_jax.stages.workspace import StageError, read_config
 from tests.serving.conftest import SIZES, message
 

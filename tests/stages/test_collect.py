@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from mbpo_jax.policy.config import FlowConfig
-from mbpo_jax.stages.collect import exploring
+from mbpo_jax.stages.acting import exploring
 from tests.policy.conftest import make_observation, make_policy, random_params
 
 

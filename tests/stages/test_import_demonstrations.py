@@ -14,7 +14,7 @@ from configs import libero_long
 from experiments.import_data import main
 from mbpo_jax import pipeline
 from mbpo_jax.data.episodes import read_episodes
-from mbpo_jax.stages import import_demonstrations, read_source
+from mbpo_jax.stages import import_demonstrations, import_source, read_source
 from mbpo_jax.stages.workspace import StageError
 from tests.recordings import Truth, write_lerobot, write_libero_hdf5
 
@@ -339,7 +339,7 @@ def test_only_the_tasks_of_the_config(tmp_path, config):
 
 
 def test_not_a_dataset(tmp_path, config):
-    for format in read_source.FORMATS:
+    for format in import_source.FORMATS:
         with pytest.raises(StageError, match=r"is not an? .*dataset"):
             run(config, tmp_path, tmp_path / "run", format)
         with pytest.raises(StageError, match="there is nothing at"):
