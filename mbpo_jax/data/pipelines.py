@@ -272,6 +272,16 @@ def collate(records: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *records)
 
 
+def spread(total: int, wanted: int) -> np.ndarray:
+    """At most `wanted` indices spread evenly over range(total)."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))
+
+
+def collate_some(source: Source, wanted: int) -> Any:
+    """At most `wanted` records of a source, spread evenly over it, `collate`d."""
+    return collate([source[i] for i in spread(len(source), wanted)])
+
+
 def equal_parts(count: int, size: int) -> np.ndarray:
     """The numbers of `count` records in their order, int [parts, size], for a program that is to be
     compiled for one shape: the last part is filled up with earlier records again."""

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from mbpo_jax.data.pipelines import Source, collate, transition_sequences, transitions
+from mbpo_jax.data.pipelines import collate_some, spread, transition_sequences, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import Config, observation_builder
-from mbpo_jax.stages.measure_fidelity import (
-    FIDELITY_TRANSITIONS,
-    answers,
-    gripper_probes,
-    spread,
-)
+from mbpo_jax.stages.gripper import gripper_probes
+from mbpo_jax.stages.measure_fidelity import FIDELITY_TRANSITIONS, answers
 from mbpo_jax.stages.workspace import StageError
-from mbpo_jax.types import Params, Transition, WorldModel
+from mbpo_jax.types import Params, WorldModel
 from mbpo_jax.world_model import metrics, perceptual
 from mbpo_jax.world_model.umm_world import UMMWorld
 
@@ -63,8 +59,8 @@ class Study:
                     f"the held-out episodes have no {name} of {config.chunk} steps; raise "
                     "--config.world_model.holdout_fraction or lower --config.world_model.horizon"
                 )
-        self.transitions = collated(source, FIDELITY_TRANSITIONS)
-        runs = collated(sequences, HORIZON_SEQUENCES)
+        self.transitions = collate_some(source, FIDELITY_TRANSITIONS)
+        runs = collate_some(sequences, HORIZON_SEQUENCES)
         self.starts = jax.tree.map(lambda x: x[:, 0], runs.observation)
         self.run_actions, self.run_images = jax.tree.map(
             lambda x: np.moveaxis(x, 0, 1), (runs.actions, runs.next_images)
@@ -141,7 +137,3 @@ def _lpips(images: np.ndarray, truth: np.ndarray) -> float | None:
         for i in range(0, len(images), 32)
     ]
     return float(np.concatenate(parts).mean())
-
-
-def collated(source: Source, wanted: int) -> Transition:
-    return collate([source[i] for i in spread(len(source), wanted)])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from mbpo_jax.data.pipelines import transitions
+from mbpo_jax.data.pipelines import collate_some, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import (
@@ -16,7 +16,7 @@ from mbpo_jax.stages.build import (
     load_world_model,
     observation_builder,
 )
-from mbpo_jax.stages.contenders import Contender, Strips, Study, collated
+from mbpo_jax.stages.contenders import Contender, Strips, Study
 from mbpo_jax.stages.finetune_world_model import measured_statistics, world_model_episodes
 from mbpo_jax.stages.measure_fidelity import FIDELITY_TRANSITIONS
 from mbpo_jax.stages.train_dynamics import train_dynamics
@@ -61,7 +61,7 @@ def _trained(study: Study, config: Config, world: UMMWorld, directory: Path) -> 
     params = _fresh(config, world, study.params)
     sources = transitions(study.train, study.builder, world.chunk)
     if world.chunk != study.world.chunk:
-        some = collated(sources, FIDELITY_TRANSITIONS)
+        some = collate_some(sources, FIDELITY_TRANSITIONS)
         params["statistics"] = measured_statistics(
             config, world, params, some, study.train, sources
         )

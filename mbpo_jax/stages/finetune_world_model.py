@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mbpo_jax.data.episodes import read_episodes
-from mbpo_jax.data.pipelines import Source, collate, process_rows, split_episodes, transitions
+from mbpo_jax.data.pipelines import Source, collate_some, process_rows, split_episodes, transitions
 from mbpo_jax.episode import Episode
 from mbpo_jax.nn.normalization import BOUND
 from mbpo_jax.seeds import stream
@@ -20,7 +20,7 @@ from mbpo_jax.stages.build import (
     observation_builder,
     robot,
 )
-from mbpo_jax.stages.measure_fidelity import measure_fidelity, spread
+from mbpo_jax.stages.measure_fidelity import measure_fidelity
 from mbpo_jax.stages.train_dynamics import train_dynamics
 from mbpo_jax.stages.workspace import StageError, Workspace
 from mbpo_jax.training.checkpoints import save_params
@@ -68,7 +68,7 @@ def finetune_world_model(workspace: Workspace, directory: Path) -> dict:
             f"only {len(sources)} transitions of {config.chunk} steps in the training episodes; "
             "collect more (--config.rollouts.episodes_per_task)"
         )
-    some = collate([sources[i] for i in spread(len(sources), STATISTICS_TRANSITIONS)])
+    some = collate_some(sources, STATISTICS_TRANSITIONS)
     if config.world_model.vae_training.steps:
         params = _train_vae(config, world, params, train, directory / "vae")
     params["statistics"] = measured_statistics(config, world, params, some, train, sources)

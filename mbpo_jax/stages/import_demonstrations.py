@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mbpo_jax.data.episodes import write_episodes
 from mbpo_jax.data.formats import summary
 from mbpo_jax.data.formats.conversion import Facts
+from mbpo_jax.data.pipelines import spread
 from mbpo_jax.data.spool import EpisodeSpool
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages.import_source import Import
@@ -51,7 +52,7 @@ def import_demonstrations(workspace: Workspace, directory: Path, job: Import) ->
     facts = [found[number] for number in range(len(entries))]
     print(judge(facts, config, job))
     kept = [number for number, f in enumerate(facts) if f.kept]
-    shown = [kept[i] for i in summary.spread(len(kept), SHEET_EPISODES)]
+    shown = [kept[i] for i in spread(len(kept), SHEET_EPISODES)]
     summary.write_contact_sheet(
         directory / CONTACT_SHEET, {facts[i].name: spool.load(_spool_name(i)) for i in shown}
     )

@@ -1,6 +1,5 @@
 """What the trained world model gets right on held-out episodes."""
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -10,24 +9,24 @@ from mbpo_jax.data.pipelines import (
     ObservationBuilder,
     Source,
     collate,
+    collate_some,
     equal_parts,
     reward_examples,
+    spread,
     transition_sequences,
     transitions,
 )
 from mbpo_jax.episode import Episode
 from mbpo_jax.seeds import stream
 from mbpo_jax.stages.build import Config, observation_builder
+from mbpo_jax.stages.gripper import Images, gripper_errors
 from mbpo_jax.stages.workspace import StageError
 from mbpo_jax.types import Observation, Params, Transition, WorldModel
 from mbpo_jax.world_model import metrics
 from mbpo_jax.world_model.umm_world import UMMWorld
 
-Images = Mapping[str, np.ndarray]  # per camera
-
 FIDELITY_TRANSITIONS = 512
 FILM_STRIPS = 3
-PROBE_FRAMES = 1500
 RANKED_TRANSITIONS, RANKED_CHUNKS = 60, 16
 
 
@@ -51,7 +50,7 @@ def measure_fidelity(
         raise StageError(
             "no held-out transitions; raise --config.world_model.holdout_fraction or collect more"
         )
-    chosen = collate([source[i] for i in spread(len(source), FIDELITY_TRANSITIONS)])
+    chosen = collate_some(source, FIDELITY_TRANSITIONS)
     judged = answers(world, params, episodes, builder)
     key = jax.random.key(stream(config.seed, "fidelity"))
     imagined = metrics.imagine_chunk(world, params, chosen, key)
@@ -59,7 +58,7 @@ def measure_fidelity(
         "held_out_transitions": len(source),
         "fidelity": metrics.fidelity(chosen, imagined.images),
         "imagination": action_response(world, params, source, episodes, chosen, imagined)
-        | {"gripper_cm": gripper_errors(train, chosen, imagined.images)},
+        | {"gripper_cm": gripper_errors(world, params, train, builder, chosen, imagined.images)},
         "reward": metrics.classification(*judged[:2])
         | {"f1_interval": metrics.f1_interval(*judged), "episodes": len(episodes)},
     }
@@ -68,7 +67,7 @@ def measure_fidelity(
     sequences = transition_sequences(episodes, builder, config.chunk, config.world_model.horizon)
     if not len(sequences):
         return report
-    some = collate([sequences[i] for i in spread(len(sequences), 64)])
+    some = collate_some(sequences, 64)
     observation = jax.tree.map(lambda x: x[:, 0], some.observation)
     actions, seen = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), (some.actions, some.next_images))
     imagined = metrics.imagine_open_loop(world, params, observation, actions, key)
@@ -127,33 +126,6 @@ def action_response(
     return {"views": views, "true_chunk_first": first, "ranked": len(errors)}
 
 
-def gripper_errors(train: list[Episode], chosen: Transition, imagined: Images) -> dict:
-    """Median distance (cm) between the gripper's position and what `gripper_probes` read of it from
-    the views a chunk later: camera -> {"real", "imagined"}."""
-    position, errors = chosen.next_proprio[:, :3], {}
-    for camera, read in gripper_probes(train, list(imagined)).items():
-        views = {"real": chosen.next_images[camera], "imagined": imagined[camera]}
-        errors[camera] = {
-            name: float(100 * np.median(np.linalg.norm(read(x) - position, axis=-1)))
-            for name, x in views.items()
-        }
-    return errors
-
-
-def gripper_probes(
-    episodes: list[Episode], cameras: Sequence[str]
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Camera -> the function (`metrics.fit_probe`) that reads the gripper's position (metres; the
-    first three values of proprioception) from its frames, fitted to real ones."""
-    places = [(e, f) for e in episodes for f in range(len(e.timesteps))]
-    chosen = [places[i] for i in spread(len(places), PROBE_FRAMES)]
-    position = np.stack([e.proprio[f, :3] for e, f in chosen])
-    return {
-        camera: metrics.fit_probe(np.stack([e.images[camera][f] for e, f in chosen]), position)
-        for camera in cameras
-    }
-
-
 def answers(
     world: WorldModel, params: Params, episodes: list[Episode], builder: ObservationBuilder
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -182,8 +154,3 @@ def _save_film_strips(start: Images, imagined: Images, seen: Images, path: Path)
 def _plain(numbers):
     """The same tree with Python's numbers and lists, for JSON."""
     return jax.tree.map(lambda x: np.asarray(x).tolist(), numbers)
-
-
-def spread(total: int, wanted: int) -> np.ndarray:
-    """At most `wanted` indices spread evenly over range(total)."""
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).round().astype(int))

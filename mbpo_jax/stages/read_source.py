@@ -8,6 +8,7 @@ from tqdm import tqdm
 from mbpo_jax.data.formats import summary
 from mbpo_jax.data.formats.conversion import Facts, Layout, convert, describe
 from mbpo_jax.data.formats.recording import Entry
+from mbpo_jax.data.pipelines import spread
 from mbpo_jax.envs.suites import SUITES, task_info
 from mbpo_jax.episode import Episode
 from mbpo_jax.stages.build import Config, observation_builder, robot
@@ -27,7 +28,7 @@ def survey(config: Config, job: Import, workdir: Path) -> str:
             is left.
     """
     entries = job.entries(config)
-    chosen = summary.spread(len(entries), SHEET_EPISODES)
+    chosen = spread(len(entries), SHEET_EPISODES)
     facts: list[Facts] = []
     shown: dict[str, Episode] = {}
 

@@ -109,11 +109,6 @@ def _is_odd(robot: Embodiment, dimension: int, low: float, high: float) -> bool:
     return high - low < span / 20 or (name in robot.deltas and (low >= 0 or high <= 0))
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of the numbers below `count`, evenly spread."""
-    return np.linspace(0, count - 1, min(count, wanted)).astype(int).tolist()
-
-
 def write_contact_sheet(path: Path, episodes: Mapping[str, Episode]) -> None:
     """A picture of the first frames of episodes, by their names, with a row for each camera."""
     cameras = list(next(iter(episodes.values())).images)
