@@ -52,9 +52,12 @@ def test_end_to_end(tmp_path, capsys):
         shutil.rmtree(tmp_path / stage)
     config = tiny_config()
     config.rl.method, config.evaluation.checkpoint, config.evaluation.best_of = "ppo", "best", 1
-    config.evaluation.episodes_per_task = 1
+    config.evaluation.update({"episodes_per_task": 0, "resets_per_task": 1})
     pipeline.run(config, tmp_path, ["siblings", "improve", "evaluate", "report"])
     results = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert "policies" not in results["evaluate"]
+    assert results["evaluate"]["paired_resets"]["improved"]["pairs"] == 1
+    assert "data:image/gif;base64," in (tmp_path / "report.html").read_text()
     assert results["improve"]["imagined_chunks"] == 2 * 4 * 2  # refills, start states, chunks
     siblings = results["siblings"]
     assert (siblings["start_states"], len(siblings["imagined"])) == (2, config.world_model.horizon)

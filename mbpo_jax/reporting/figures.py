@@ -37,7 +37,7 @@ def success_bars(groups: Mapping[str, Mapping[str, dict]]) -> Figure:
         ends = np.array([p["interval"] for p in parts])
         x = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
         errors = np.abs(ends.T - rates)
-        axis.bar(x, rates, width * 0.92, color=POLICY_COLORS[name], label=name)
+        axis.bar(x, rates, width * 0.92, color=POLICY_COLORS.get(name, COLORS[i]), label=name)
         axis.errorbar(x, rates, errors, fmt="none", ecolor="#333333", capsize=3, lw=1)
         for xi, part in zip(x, parts):
             text = f"{part['successes']}/{part['episodes']}"

@@ -137,26 +137,31 @@ def run_requests(
 
 
 def _film(config: Config, pool: EnvPool, act: Act, params: Params, directory: Path) -> dict:
-    """Repeats the improved policy's first success and first failure from a fixed init state with
-    the camera on."""
+    """Repeats the improved policy's first success and first failure with the camera on, from fixed
+    init states if there were any."""
     episodes = read_metrics(directory / "episodes_improved.jsonl")
-    fixed = sorted((start_of(e), e["success"]) for e in episodes if e["init_state"] >= 0)
+    starts = sorted(((e["init_state"] < 0, *start_of(e)), e["success"]) for e in episodes)
     videos = {}
     for kind, wanted in (("success", True), ("failure", False)):
-        chosen = [start for start, success in fixed if success == wanted]
+        chosen = [start for start, success in starts if success == wanted]
         if not chosen:
             continue
-        task, init_state, _ = chosen[0]
-        size = config.evaluation.video_size
-        request = _request(config, task_id=task, init_state_id=init_state, video_size=size)
+        _, task, init_state, seed = chosen[0]
+        request = _request(
+            config,
+            task_id=task,
+            init_state_id=init_state,
+            seed=seed,
+            video_size=config.evaluation.video_size,
+        )
         acting = batched_act(config, act, params)
         (result,) = pool.policy_episodes([request], acting, source="improved")
         path = directory / f"{kind}.gif"
         write_video(result.video, path, config.robot.control_hz)
         videos[kind] = {
             "file": path.name,
-            "task": request.task_id,
-            "init_state": request.init_state_id,
+            "task": task,
+            "init_state": init_state,
             "repeated_outcome": bool(result.episode.success),
         }
     return videos

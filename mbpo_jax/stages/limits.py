@@ -130,6 +130,9 @@ def _simulator(config: Config) -> Iterator[str]:
         yield f"max_steps is {config.max_steps}: at least a chunk, {config.chunk}"
     if "max_steps" in config and (not config.tasks or len(set(config.tasks)) < len(config.tasks)):
         yield f"tasks is {config.tasks!r}: one or more numbers, each once"
+    evaluation = config.get("evaluation", {})
+    if evaluation and not evaluation.episodes_per_task + evaluation.resets_per_task:
+        yield "evaluation.episodes_per_task and evaluation.resets_per_task are 0: one of them above"
     offset = config.get("demonstrations", {}).get("aim_offset", (0.0, 0.0))
     if len(offset) != 2:
         yield f"demonstrations.aim_offset is {offset!r}: two numbers, x and y"

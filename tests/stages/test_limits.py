@@ -74,6 +74,13 @@ def test_what_ranking_cannot_do_is_refused():
     check_config(config)
 
 
+def test_an_evaluation_of_nothing_is_refused():
+    config = libero_long.get_config("tiny")
+    config.evaluation.update({"episodes_per_task": 0, "resets_per_task": 0})
+    with pytest.raises(ValueError, match=r"evaluation\.episodes_per_task and .* are 0"):
+        check_config(config)
+
+
 @pytest.mark.parametrize("module", [libero_long, bimanual, arx_x5])
 def test_every_variant_can_be_used(module):
     for variant in libero_long.VARIANTS:
