@@ -14,16 +14,18 @@ from mbpo_jax.episode import Episode
 from mbpo_jax.stages.acting import exploring
 from mbpo_jax.stages.build import Config, load_policy
 from mbpo_jax.stages.simulation import batched_act, make_pool, progress
+from mbpo_jax.stages.statistics import wilson_interval
 from mbpo_jax.stages.workspace import StageError, Workspace
 
-MAX_ATTEMPTS_PER_DEMONSTRATION = 8
+MAX_ATTEMPTS = 8  # for each demonstration
 
 
 def collect_demonstrations(workspace: Workspace, directory: Path) -> dict:
     """Scripted successes from random resets, `demonstrations.episodes_per_task` of each task.
 
     Raises:
-        StageError: when the expert fails too often to reach that number.
+        StageError: the expert fails too often: those successes take more than MAX_ATTEMPTS attempts
+            at each, or would by the 95 % Wilson interval of its success so far.
     """
     config = workspace.config
     spool = EpisodeSpool(directory / "spool")
@@ -58,16 +60,27 @@ def _demonstrate_task(config: Config, pool: EnvPool, spool: EpisodeSpool, task: 
             bar.update(len(kept) - bar.n)
             if len(kept) == wanted:
                 return
-            if tried >= MAX_ATTEMPTS_PER_DEMONSTRATION * wanted:
-                raise StageError(
-                    f"the scripted expert succeeded in only {len(kept)} of {tried} episodes of "
-                    f"task {task} of {config.suite}; choose other tasks (--config.tasks) or import "
-                    "demonstrations"
-                )
+            hopeless = tried and MAX_ATTEMPTS * wilson_interval(len(kept), tried)[1] < 1
+            if hopeless or tried >= MAX_ATTEMPTS * wanted:
+                raise StageError(_too_few(config, task, len(kept), tried))
             requests = [_demonstration(config, task, tried + i) for i in range(wanted - len(kept))]
             for result in pool.expert_episodes(_missing(spool, requests)):
                 spool.add(_name(result.request), result.episode)
                 bar.update(int(result.episode.success))
+
+
+def _too_few(config: Config, task: int, successes: int, tried: int) -> str:
+    section = config.demonstrations
+    misses = ""
+    if section.aim_error or any(section.aim_offset):
+        misses = (
+            f"let it miss its places by less (--config.demonstrations.aim_error is "
+            f"{section.aim_error}, aim_offset {tuple(section.aim_offset)}, metres), "
+        )
+    return (
+        f"the scripted expert succeeded in only {successes} of {tried} episodes of task {task} of "
+        f"{config.suite}; {misses}choose other tasks (--config.tasks) or import demonstrations"
+    )
 
 
 def _demonstration(config: Config, task: int, number: int) -> EpisodeRequest:
