@@ -29,7 +29,7 @@ def success_bars(groups: Mapping[str, Mapping[str, dict]]) -> Figure:
     """Success rates with their 95 % Wilson intervals: group of episodes -> policy -> its
     `success_rate`."""
     names = list(next(iter(groups.values())))
-    figure, axis = plt.subplots(figsize=(max(3.6, 1.1 * len(groups) + 2.2), 3.0))
+    figure, axis = plt.subplots(figsize=(max(3.6, 0.5 * len(groups) * len(names) + 1.4), 3.0))
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         parts = [policies[name] for policies in groups.values()]
@@ -43,9 +43,9 @@ def success_bars(groups: Mapping[str, Mapping[str, dict]]) -> Figure:
             text = f"{part['successes']}/{part['episodes']}"
             axis.text(xi, 0.015, text, ha="center", fontsize=7, color="#222222")
     axis.set_xticks(range(len(groups)), list(groups))
-    axis.set_ylim(0, 1.1)
+    axis.set_ylim(0, 1)
     axis.set_ylabel("success rate")
-    axis.legend(loc="upper left", ncols=len(names))
+    figure.legend(loc="outside upper center", ncols=min(len(names), 2 * len(groups)))
     return figure
 
 
