@@ -202,7 +202,8 @@ def world_model_section(workspace: Workspace, summaries: dict) -> Section:
         f"of {s['held_out_episodes']} held-out episodes. One chunk ahead the model beats "
         f"copy-last-frame on {len(better)} of {len(s['fidelity'])} views. Unexplained is the "
         "squared error as a share of the real squared change (1: copying), the response how much "
-        "the prediction changes when the actions are another transition's."
+        "the prediction changes when the actions are another transition's. The gripper is read by "
+        "probes that learned from real and imagined frames of the training episodes."
     )
     return Section("World model", text, [views, follows, reward], images)
 

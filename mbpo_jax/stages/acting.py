@@ -10,12 +10,7 @@ from mbpo_jax.policy.config import FlowConfig
 from mbpo_jax.policy.pi0 import FlowPolicy
 from mbpo_jax.seeds import stream
 from mbpo_jax.selection import best_of
-from mbpo_jax.stages.build import (
-    Config,
-    abstract_params,
-    load_policy,
-    load_world_model,
-)
+from mbpo_jax.stages.build import Config, abstract_params, load_policy, load_world_model
 from mbpo_jax.training.checkpoints import load_params
 from mbpo_jax.types import Array, Observation, Params
 

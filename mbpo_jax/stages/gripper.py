@@ -29,6 +29,10 @@ def gripper_errors(
 
     A probe learns from seen and imagined frames of the episodes `train` alike, since it asks where
     a view shows the gripper, and not whether the view is as sharp as a camera's.
+
+    Args:
+        chosen: held-out transitions [N].
+        imagined: camera -> uint8 [N, H, W, 3], imagined from them by `metrics.imagine_chunk`.
     """
     known = collate_some(transitions(train, builder, chosen.actions.shape[1]), PROBE_FRAMES)
     frames = metrics.imagine_chunk(world, params, known, jax.random.key(0)).images
